@@ -1,0 +1,168 @@
+"""A procedural picture set, small enough to pretrain on in a minute on two cores.
+
+Ten classes of patterned patch, 32 x 32 pixels, RGB.  A class is a form of
+pattern: stripes, rings, bricks and so on.  Everything else about an image is
+drawn at random and tells nothing of the class: the patch's place, size and
+outline, the pattern's turn, pitch and phase, which of its two tones is the
+brighter, all tints, the ground, the light and the noise.
+
+Four choices make the set a fair test of self-supervised learning:
+
+* Locally, half of the classes are the same bars.  Stripes, zigzag, rings,
+  spokes, spiral and weave differ only in how the bars run, so filters alone do
+  not tell them apart.
+* Tints are pale and independent of the class, and the ground is nearly plain.
+  With rich tints or a busy ground two views of an image are matched by those,
+  and the pattern is never looked at.
+* Pitch varies by less than a crop's zoom does, so it identifies no instance.
+* Every class is closed under mirroring (spirals wind either way), so a
+  horizontal flip changes no label.
+
+Top-1 on render(2000, 1) after render(5120, 0): raw pixels 36 % by kNN and 14 %
+by a linear probe, a random DemoEncoder 20 and 23 % (batch statistics set
+first), its supervised twin 98 %.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+SIZE = 32
+CLASSES: tuple[str, ...] = (
+    "stripes", "zigzag", "rings", "spokes", "spiral",
+    "checks", "dots", "crosses", "bricks", "weave",
+)  # fmt: skip
+
+TURN = 2 * math.pi
+ARMS = 2  # of a spiral; with one it is too near the rings
+BLADES = 6  # bright blades among the spokes
+
+
+def _from_centre(x: torch.Tensor) -> torch.Tensor:
+    """Signed distance to the centre of the unit cell that holds x, in [-0.5, 0.5)."""
+    return x - x.floor() - 0.5
+
+
+def _cell(x: torch.Tensor) -> torch.Tensor:
+    return _from_centre(x).abs()
+
+
+def _stripes(u, v, r, a, phase, hand):
+    return torch.cos(TURN * u)
+
+
+def _zigzag(u, v, r, a, phase, hand):
+    return torch.cos(TURN * (u + 1.2 * _cell(0.5 * v)))
+
+
+def _rings(u, v, r, a, phase, hand):
+    return torch.cos(TURN * (r + phase))
+
+
+def _spokes(u, v, r, a, phase, hand):
+    return torch.cos(BLADES * a + TURN * phase)
+
+
+def _spiral(u, v, r, a, phase, hand):
+    return torch.cos(TURN * (r + phase) + ARMS * hand * a)
+
+
+def _checks(u, v, r, a, phase, hand):
+    return 2 * torch.sin(math.pi * u) * torch.sin(math.pi * v)
+
+
+def _dots(u, v, r, a, phase, hand):
+    return 4.5 * (0.34 - torch.hypot(_cell(0.8 * u), _cell(0.8 * v)))
+
+
+def _crosses(u, v, r, a, phase, hand):
+    x, y = _cell(0.7 * u), _cell(0.7 * v)
+    return 8 * torch.maximum(torch.minimum(0.42 - x, 0.13 - y), torch.minimum(0.13 - x, 0.42 - y))
+
+
+def _bricks(u, v, r, a, phase, hand):
+    course = 0.9 * v
+    joint = 0.55 * u + 0.5 * course.floor()  # each course is shifted by half a brick
+    return 8 * (torch.minimum(0.5 - _cell(course), 1.6 * (0.5 - _cell(joint))) - 0.14)
+
+
+def _weave(u, v, r, a, phase, hand):
+    over = ((0.5 * u).floor() + (0.5 * v).floor()) % 2 > 0
+    return torch.cos(TURN * torch.where(over, u, v))
+
+
+PATTERNS = (_stripes, _zigzag, _rings, _spokes, _spiral, _checks, _dots, _crosses, _bricks, _weave)
+
+
+def _tint(hue: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    """Per-channel gains (n, 3, 1, 1) that mean one, so that a tint leaves brightness alone."""
+    return torch.stack([1 + depth * torch.cos(TURN * (hue - c / 3)) for c in range(3)], dim=1)
+
+
+def split(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of the training split (5,120 images) or, by any other name, the test split
+    (2,000)."""
+    return render(5_120, seed=0) if name == "train" else render(2_000, seed=1)
+
+
+def render(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (count, 3, 32, 32) uint8 and labels (count,) int64, balanced and shuffled.
+
+    The same count and seed give the same set; another count gives another set,
+    not a longer one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.arange(count) % len(CLASSES))[torch.randperm(count, generator=generator)]
+
+    def draw(low: float = 0.0, high: float = 1.0, *shape: int) -> torch.Tensor:
+        """One number per image, ready to broadcast over its pixels (or a whole field of them)."""
+        return low + (high - low) * torch.rand(count, *(shape or (1, 1)), generator=generator)
+
+    def sign() -> torch.Tensor:
+        return torch.where(draw() < 0.5, -1.0, 1.0)
+
+    # Axes of the frame, then of the patch: moved, and turned any way about its centre.
+    axis = (torch.arange(SIZE) + 0.5) * (2 / SIZE) - 1
+    dx, dy = axis - draw(-0.3, 0.3), axis[:, None] - draw(-0.3, 0.3)
+    turn = draw(0, TURN)
+    x, y = turn.cos() * dx + turn.sin() * dy, turn.cos() * dy - turn.sin() * dx
+    radius, angle = torch.hypot(x, y), torch.atan2(y, x)
+
+    # The pattern, in units of its own pitch: 6 to 8.5 pixels, the finest that 32 pixels show well.
+    pitch = draw(6.0, 8.5) * (2 / SIZE)
+    coordinates = (
+        x / pitch + draw(0, 2),
+        y / pitch + draw(0, 2),
+        radius / pitch,
+        angle,
+        draw(),
+        sign(),
+    )
+    pattern = torch.empty(count, SIZE, SIZE)
+    for label, function in enumerate(PATTERNS):
+        mine = labels == label
+        pattern[mine] = function(*(c[mine] for c in coordinates))
+    ink = torch.sigmoid(4 * pattern)[:, None]  # about a pixel of slope at an edge: no aliasing
+
+    # The outline is lobed at random, lest the patch's shape be a cue to anything.
+    lobes = 0.12 * torch.cos(2 * angle + draw(0, TURN)) + 0.10 * torch.cos(
+        3 * angle + draw(0, TURN)
+    )
+    inside = torch.sigmoid(0.75 * SIZE * (draw(0.62, 0.95) * (1 + lobes) - radius))[:, None]
+
+    # Two tones at least 0.36 apart, either of them the brighter, on a ground of any tone.
+    middle, contrast, depth = draw(0.4, 0.6), sign() * draw(0.18, 0.34), draw(0, 0.2)
+    bright = (middle + contrast)[:, None] * _tint(draw(), depth)
+    dark = (middle - contrast)[:, None] * _tint(draw(), depth)
+    clouds = F.interpolate(
+        draw(-0.075, 0.075, 1, 5, 5), size=(SIZE, SIZE), mode="bicubic", align_corners=True
+    )
+    ground = (draw(0.25, 0.75)[:, None] + clouds) * _tint(draw(), depth)
+    image = torch.lerp(ground, torch.lerp(dark, bright, ink), inside)
+
+    # Light falls off from one side; the sensor adds noise, more in some images than in others.
+    side = draw(0, TURN)
+    image = image * (1 + draw(0, 0.35) * (side.cos() * axis + side.sin() * axis[:, None]))[:, None]
+    image = image + draw(0, 0.06, 1, 1, 1) * draw(-1, 1, 3, SIZE, SIZE)
+    return (255 * image.clamp(0, 1)).round().to(torch.uint8), labels

@@ -1,0 +1,387 @@
+"""A run: its processes, its folder on disk, its progress bar, and going on where it stopped.
+
+RUN/config.json            resolved config; command, commit, versions of each launch
+RUN/metrics.jsonl          one line a logged step; the same bits for the same run, resumed or not
+RUN/timings.jsonl          pairs/s, share of time waiting for data, peak memory
+RUN/events.out.tfevents.*  both of the above and pictures, for TensorBoard
+RUN/checkpoints/           the last two, each written aside and then renamed
+RUN/encoder.safetensors    what eval/ reads: torchvision's key names, how to build the network
+RUN/results/*.json         one per evaluation
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from common.cli import UserError
+from common.views import Pairs
+
+DTYPES = {"fp64": torch.float64}  # the other precisions keep float32 views and weights
+FREE = frozenset({"out", "workers", "memory_gb", "processes"})  # may differ when a run goes on
+
+
+def launch(precision: str, processes: int) -> Accelerator:
+    """The accelerator of this process.
+
+    Raises:
+        UserError: `processes` is not 0 and not the number that were launched
+            (`accelerate launch --cpu --num_processes 2` quietly starts one).
+    """
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+    mixed = precision if precision in ("bf16", "fp16") else "no"
+    accelerator = Accelerator(cpu=not accelerated, mixed_precision=mixed)
+    if processes and processes != accelerator.num_processes:
+        raise UserError(
+            f"--processes {processes} asked for, {accelerator.num_processes} launched; "
+            f"try: accelerate launch --multi_gpu --num_processes {processes} -m ..."
+        )
+    return accelerator
+
+
+class Run:
+    """The folder of one pretraining run, opened for the first time or again.
+
+    Only the main process writes. A step's lines, checkpoint and pictures depend on the config
+    alone; whatever a clock says goes to `timings.jsonl`.
+
+    Args:
+        config: the method's frozen dataclass; it has `out`, `batch_size` and `log_every`.
+        method, recipe: names for the record, e.g. "simclr", "cifar10".
+        count: N, the number of training images.
+        total: steps of the whole run.
+
+    Raises:
+        UserError: the folder holds a run of another config, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        method: str,
+        recipe: str,
+        accelerator: Accelerator,
+        count: int,
+        total: int,
+    ) -> None:
+        self.config, self.method, self.recipe, self.count = config, method, recipe, count
+        self.accelerator, self.total = accelerator, total
+        self.main = accelerator.is_main_process
+        self.folder = Path(config.out)
+        self.first = 0
+        self._row: dict[str, Any] = {}  # of the step under way
+        self._timings: dict[str, float] = {}
+        self._warned = False
+        self._tensorboard: Any = None
+        self._bar: Any = None
+        self._record_launch()
+
+    # ---- config ----
+
+    def _record_launch(self) -> None:
+        path = self.folder / "config.json"
+        values = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        record: dict[str, Any] = {"method": self.method, "recipe": self.recipe, "config": values}
+        record |= {"images": self.count, "steps": self.total, "launches": []}
+        if path.exists():
+            old = read_json(path)
+            self._refuse_if_other(old, record)
+            record["launches"] = old["launches"]
+        if self.main:
+            try:
+                (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                (self.folder / "results").mkdir(exist_ok=True)
+                record["launches"].append(provenance(self.accelerator.num_processes))
+                write_atomically(path, json.dumps(record, indent=2).encode() + b"\n")
+            except OSError as error:
+                raise UserError(f"--out {self.folder}: cannot be written ({error})") from error
+
+    def _refuse_if_other(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        a, b = ({"method": r["method"], "images": r["images"]} | r["config"] for r in (old, new))
+        differ = [key for key in a | b if key not in FREE and a.get(key) != b.get(key)]
+        if differ:
+            said = ", ".join(f"{key} {a.get(key)!r} (now {b.get(key)!r})" for key in differ)
+            raise UserError(
+                f"--out {self.folder}: holds a run made with {said}; "
+                "give the same settings to go on with it, or another folder"
+            )
+
+    # ---- checkpoints ----
+
+    def resume(self, parts: Mapping[str, Any]) -> None:
+        """Load the newest readable checkpoint into `parts`; `first` is then the next step."""
+        for path in sorted((self.folder / "checkpoints").glob("step-*.pt"), reverse=True):
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # torn or damaged: the one before it is kept for this
+                self.say(f"{path}: cannot be read ({type(error).__name__}); trying the one before")
+                continue
+            for name, part in self._with_scaler(parts).items():
+                part.load_state_dict(state[name])
+            self.first = state["step"]
+            break
+        if self.main:
+            for name in ("metrics.jsonl", "timings.jsonl"):
+                drop_rows_from(self.folder / name, self.first)
+        if self.first:
+            self.say(f"going on from step {self.first:,} of {self.total:,}")
+
+    def save(self, step: int, parts: Mapping[str, Any]) -> None:
+        """Write the state after `step` steps; keep the last two."""
+        if not self.main:
+            return
+        self._write_row()  # a checkpoint must not be ahead of the metrics
+        parts = self._with_scaler(parts)
+        state = {"step": step} | {name: part.state_dict() for name, part in parts.items()}
+        folder = self.folder / "checkpoints"
+        target = folder / f"step-{step:08d}.pt"
+        with written_aside(target) as aside:
+            torch.save(state, aside)
+        for old in sorted(folder.glob("step-*.pt"))[:-2]:
+            old.unlink()
+
+    def _with_scaler(self, parts: Mapping[str, Any]) -> dict[str, Any]:
+        scaler = self.accelerator.scaler  # of fp16 only
+        return dict(parts) | ({"scaler": scaler} if scaler is not None else {})
+
+    def export(self, step: int, encoder: nn.Module, head: nn.Sequential, **metadata: Any) -> None:
+        """Write `encoder.safetensors`: the encoder's tensors, the head's under `head.`, metadata.
+
+        Floating-point tensors are written as float32 whatever the run's precision.
+        """
+        if not self.main:
+            return
+        tensors = dict(encoder.state_dict())
+        tensors |= {f"head.{key}": value for key, value in head.state_dict().items()}
+        tensors = {
+            key: (value.float() if value.is_floating_point() else value).cpu().contiguous()
+            for key, value in tensors.items()
+        }
+        epochs = step * self.config.batch_size / self.count
+        known = {
+            "method": self.method,
+            "recipe": self.recipe,
+            "epochs": round(epochs, 3),
+            "head": [type(layer).__name__ for layer in head],
+            "finished": step >= self.total,
+            "commit": commit(),
+        }
+        text = {key: json.dumps(value) for key, value in (known | metadata).items()}
+        with written_aside(self.folder / "encoder.safetensors") as aside:
+            save_file(tensors, aside, metadata=text)
+
+    # ---- the loop ----
+
+    def steps(self, pairs: Pairs) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """(step, (view1, view2)) for every step still to do, behind a progress bar."""
+        self._bar = tqdm(
+            total=self.total * self.config.batch_size,
+            initial=self.first * self.config.batch_size,
+            unit="pair",
+            unit_scale=True,
+            dynamic_ncols=True,
+            desc=f"{self.method} {self.recipe}",
+            disable=not self.main,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )
+        stream = pairs(self.first, self.total)
+        began, waited, done = time.perf_counter(), 0.0, 0
+        for step in range(self.first, self.total):
+            asked = time.perf_counter()
+            views = next(stream)
+            waited += time.perf_counter() - asked
+            yield step, views
+            self._write_row()
+            done += 1
+            self._bar.update(self.config.batch_size)
+            if self.logs(step):
+                spent = time.perf_counter() - began
+                rate = done * self.config.batch_size / spent
+                self._record_timings(step, rate, waited / spent)
+                began, waited, done = time.perf_counter(), 0.0, 0
+        self._bar.close()
+
+    def finish(self) -> None:
+        """Close the files and say what can be done next."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self.accelerator.wait_for_everyone()
+        self.say(f"done: {self.folder}; next: python -m eval.knn {self.folder}")
+        self.accelerator.end_training()
+
+    def logs(self, step: int) -> bool:
+        """Whether `step` is a logged one."""
+        return step % self.config.log_every == 0 or step + 1 == self.total
+
+    def due(self, step: int, epochs: float) -> bool:
+        """Whether a multiple of `epochs` is complete after `step`; true after the last step."""
+        if step + 1 == self.total:
+            return True
+        passed = [s * self.config.batch_size / self.count / epochs for s in (step, step + 1)]
+        return epochs > 0 and int(passed[0]) < int(passed[1])
+
+    def log(self, step: int, **values: float | Tensor) -> None:
+        """Scalars that depend on the config alone, for the one line of this step.
+
+        A tensor is averaged over the processes: all of them must call.
+        """
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                value = self.accelerator.reduce(value.detach(), "mean").item()
+            self._row[name] = value
+        self._row["step"] = step
+
+    def _write_row(self) -> None:
+        row, self._row = self._row, {}
+        if not row or not self.main:
+            return
+        step = row.pop("step")
+        append_row(self.folder / "metrics.jsonl", {"step": step} | row)
+        for name, value in row.items():
+            self.tensorboard.add_scalar(name, value, step)
+        shown: dict[str, str] = {
+            name: f"{row[name]:.3g}" for name in ("loss", "knn") if name in row
+        }
+        if self._timings:
+            shown["waiting"] = f"{self._timings['data_wait']:.0%}"
+        self._bar.set_postfix(shown, refresh=False)
+
+    def _record_timings(self, step: int, rate: float, wait: float) -> None:
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        else:  # kilobytes on Linux, bytes on macOS
+            unit = 2**30 if platform.system() == "Darwin" else 2**20
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        self._timings = {"pairs_per_second": rate, "data_wait": wait, "peak_memory_gb": peak}
+        if self.main:
+            append_row(self.folder / "timings.jsonl", {"step": step} | self._timings)
+            for name, value in self._timings.items():
+                self.tensorboard.add_scalar(f"timing/{name}", value, step)
+
+    def log_views(self, step: int, view1: Tensor, view2: Tensor, count: int = 8) -> None:
+        """A picture of `count` view pairs, one above the other, each stretched to full range."""
+        if not self.main:
+            return
+        pairs = torch.cat([view1[:count], view2[:count]]).detach().float().cpu()
+        grid = make_grid(pairs, nrow=min(count, len(view1)), normalize=True, scale_each=True)
+        self.tensorboard.add_image("views", grid, step)
+
+    def warn_once(self, line: str | None) -> None:
+        """Say `line`, if there is one, unless the last warning was the same kind."""
+        if line and not self._warned:
+            self.say(line)
+        self._warned = bool(line)
+
+    def say(self, line: str) -> None:
+        """A line above the progress bar."""
+        if self.main:
+            tqdm.write(line, file=sys.stderr)
+
+    @property
+    def tensorboard(self) -> Any:
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._tensorboard = SummaryWriter(str(self.folder), purge_step=self.first)
+        return self._tensorboard
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `target` once it is whole and on the disk."""
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield aside
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_atomically(target: Path, content: bytes) -> None:
+    with written_aside(target) as aside:
+        aside.write_bytes(content)
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def drop_rows_from(path: Path, step: int) -> None:
+    """Keep the whole lines of steps before `step`: the rest will be written again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):  # a line torn by a kill
+            if json.loads(line)["step"] < step and line.endswith(b"\n"):
+                kept.append(line)
+    write_atomically(path, b"".join(kept))
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+# ---- provenance ----------------------------------------------------------------------------------
+
+
+def provenance(processes: int) -> dict[str, Any]:
+    """What a result must name: command, commit, versions, machine, time."""
+    import torchvision
+
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {main.name}" if main else sys.argv[0]
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"CPU ({os.cpu_count()} cores)"
+    return {
+        "command": shlex.join([*program.split(), *sys.argv[1:]]),
+        "commit": commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "device": device,
+        "processes": processes,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str:
+    """The git commit of this code, `+` where files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).resolve().parent.parent
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    with contextlib.suppress(OSError):
+        if head := git("rev-parse", "--short=12", "HEAD"):
+            return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return "unknown"

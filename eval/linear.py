@@ -1,0 +1,293 @@
+"""Linear evaluation: a linear classifier on a frozen encoder.
+
+    python -m eval.linear RUN                        # the protocol of the run's method
+    python -m eval.linear RUN --protocol features    # one pass over the images, then seconds
+
+`simclr`, `moco` and `byol` are the papers': every epoch goes through the network with crop and
+flip. `features` is ours: features are computed once, without augmentation; it is quick, and never
+held against a paper's figure. Where a protocol sweeps learning rates, all are trained at once and
+one is chosen on held-out training images.
+
+Top-1 is that of the last epoch. The encoder is in evaluation mode, and proven unchanged.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from common import cli
+from common.augment import Batched
+from common.data import Images, batch_indices, generator
+from eval.encoder import Input
+from eval.features import chunks, prepare
+from eval.knn import accuracy
+from eval.results import Subject, confidence, fingerprint, record, subjects
+
+MEMORY_GB = 4.0  # decode once and keep the pixels if they need less than this
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train a linear classifier on a frozen encoder, beside baselines if asked."""
+
+    run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder or an encoder.safetensors
+    weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH
+    baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
+    data: str = ""  # images to judge on; default: those of the run
+    layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
+    protocol: Literal["", "simclr", "moco", "byol", "features"] = ""  # default: the method's
+    epochs: int = 0  # default: the protocol's
+    batch_size: int = 0  # default: the protocol's; the learning rate follows it
+    seed: int = 1  # of order and crops
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a linear classifier is trained: SGD with momentum 0.9 and no weight decay."""
+
+    name: str
+    rates: tuple[float, ...]  # at batch 256; of several, one is chosen on held-out images
+    batch_size: int
+    epochs: int
+    nesterov: bool = True
+    milestones: tuple[float, ...] = ()  # shares of the training where the rate falls tenfold
+    init_std: float = 0.0  # of the normal initial weights; biases start at 0
+    augment: bool = True  # crop and flip through the network; False: features computed once
+
+    def decay_at(self, step: int, steps: int) -> float:
+        """What the rates are multiplied with: tenfold steps, else a cosine to 0, per step."""
+        if self.milestones:
+            return 0.1 ** sum(step >= share * steps for share in self.milestones)
+        return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+# arXiv 2002.05709 App. B.6. PAPER/CODE: no weight decay in the paper, 1e-6 in the README's command.
+SIMCLR = Protocol("simclr", rates=(0.1,), batch_size=4096, epochs=90)
+# google-research/simclr README, "Linear evaluation" on CIFAR-10
+SIMCLR_CIFAR = replace(SIMCLR, batch_size=512, epochs=100)
+# arXiv 1911.05722 Sec. 4.1; facebookresearch/moco main_lincls.py: tenfold down at epochs 60 and 80
+MOCO = Protocol(
+    "moco",
+    rates=(30.0,),
+    batch_size=256,
+    epochs=100,
+    nesterov=False,
+    milestones=(0.6, 0.8),
+    init_std=0.01,
+)
+# arXiv 2006.07733 App. C.1. PAPER/CODE: five rates in the paper, 0.2 alone in the code; batch 1024
+# in the paper, 4096 as the code's default. It starts from Haiku's initial weights, here from a
+# normal(0.01): the problem is convex and does not remember.
+RATES = (0.4, 0.3, 0.2, 0.1, 0.05)
+BYOL = Protocol("byol", rates=RATES, batch_size=1024, epochs=80, init_std=0.01)
+# Ours: standardised features.
+FEATURES = Protocol(
+    "features", rates=(0.01, 0.03, 0.1, 0.3, 1.0), batch_size=512, epochs=100, augment=False
+)
+PROTOCOLS = {"simclr": SIMCLR, "moco": MOCO, "byol": BYOL, "features": FEATURES}
+
+
+def protocol_of(subject: Subject, settings: Settings) -> Protocol:
+    """The protocol asked for, or that of the run's method; pixels have no network to go through."""
+    name = settings.protocol or subject.encoder.about.get("method", "features")
+    paper = FEATURES if subject.encoder.name == "pixels" else PROTOCOLS[name]
+    if paper is SIMCLR and subject.encoder.input.size == 32:
+        paper = SIMCLR_CIFAR
+    return replace(
+        paper,
+        epochs=settings.epochs or paper.epochs,
+        batch_size=settings.batch_size or paper.batch_size,
+    )
+
+
+# ---- the classifier ------------------------------------------------------------------------------
+
+
+class Probe:
+    """R linear classifiers, one for each learning rate, trained at once on the same batches.
+
+    Args:
+        features, classes: F and C of the (R, F + 1, C) weights, whose last row is the bias.
+    """
+
+    def __init__(
+        self, features: int, classes: int, protocol: Protocol, device: str = "cpu", seed: int = 1
+    ) -> None:
+        self.protocol = protocol
+        scale = protocol.batch_size / 256
+        self.rates = torch.tensor(protocol.rates, device=device).view(-1, 1, 1) * scale
+        shape = (len(protocol.rates), features + 1, classes)
+        weight = torch.randn(shape[1:], generator=generator(seed, "probe")) * protocol.init_std
+        weight[-1] = 0
+        self.weight = weight.expand(shape).clone().to(device)
+        self.velocity = torch.zeros_like(self.weight)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, F) to (R, B, C)."""
+        return F.pad(features, (0, 1), value=1.0) @ self.weight
+
+    def step(self, features: Tensor, labels: Tensor, decay: float) -> None:
+        """One SGD step of every classifier on (B, F) features and (B,) labels."""
+        inputs = F.pad(features, (0, 1), value=1.0)
+        error = (inputs @ self.weight).softmax(-1) - F.one_hot(labels, self.weight.shape[-1])
+        grad = inputs.T @ error / len(inputs)  # of the mean cross entropy, (R, F + 1, C)
+        self.velocity.mul_(0.9).add_(grad)
+        move = grad.add_(self.velocity, alpha=0.9) if self.protocol.nesterov else self.velocity
+        self.weight.sub_(move * self.rates * decay)
+
+    def keep(self, chosen: int) -> None:
+        """Forget all classifiers but one."""
+        self.weight, self.rates = self.weight[chosen, None], self.rates[chosen, None]
+
+
+def hold_out(count: int, protocol: Protocol, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices to train on and indices to choose the rate on: a tenth, at most 10,000, if needed."""
+    if len(protocol.rates) == 1:
+        return torch.arange(count), torch.arange(0)
+    order = torch.randperm(count, generator=generator(seed, "held out"))
+    size = min(count // 10, 10_000)  # arXiv 2006.07733 App. C.1 holds out 10,009 of ImageNet
+    return order[size:].sort().values, order[:size].sort().values
+
+
+def orders(kept: Tensor, protocol: Protocol, seed: int) -> Iterator[Tensor]:
+    """(B,) indices of the images of every step."""
+    size, count = min(protocol.batch_size, len(kept)), len(kept)
+    for step in range(count // size * protocol.epochs):
+        place = batch_indices(step, batch_size=size, count=count, seed=seed, drop_last=True)
+        yield kept[place]
+
+
+def train(probe: Probe, batches: Iterator[tuple[Tensor, Tensor]], steps: int) -> None:
+    """Every step of a protocol on (features, labels) batches."""
+    bar = tqdm(batches, f"linear {probe.protocol.name}", steps, disable=None, leave=False)
+    for step, (features, labels) in enumerate(bar):
+        probe.step(features, labels, probe.protocol.decay_at(step, steps))
+
+
+# ---- through the network -------------------------------------------------------------------------
+
+
+def train_views(given: Input) -> v2.Transform:
+    """Crop and flip, as in pretraining but without the colour operations (CODE data.py:164)."""
+    mode = v2.InterpolationMode(given.interpolation)
+    steps = [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.RandomResizedCrop(given.size, scale=(0.08, 1.0), interpolation=mode, antialias=True),
+        v2.RandomHorizontalFlip(),
+    ]
+    if given.mean and given.std:
+        steps.append(v2.Normalize(given.mean, given.std))
+    return v2.Compose(steps)
+
+
+@torch.no_grad()
+def augmented(
+    network: nn.Module,
+    images: Images,
+    given: Input,
+    kept: Tensor,
+    protocol: Protocol,
+    device: str,
+    seed: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(B, F) features of crops and (B,) labels for every step."""
+    assert images.labels is not None
+    program = Batched(train_views(given))
+    for step, batch in enumerate(images.batches(orders(kept, protocol, seed), workers=2)):
+        shape = (len(batch.indices), program.draws)
+        stream = generator(seed, "linear", step)
+        draws = torch.rand(shape, generator=stream, dtype=torch.float64)
+        views = program(batch.images.to(device), draws, batch.sizes)
+        yield network(views).float(), images.labels[batch.indices].to(device)
+
+
+@torch.inference_mode()
+def judged(
+    network: nn.Module, images: Images, given: Input, index: Tensor, device: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(B, F) features of central crops and (B,) labels of the images at `index`, (M,)."""
+    assert images.labels is not None
+    for batch in images.batches((index[i] for i in chunks(len(index), 256)), workers=2):
+        features = network(prepare(batch, given, device)).float()
+        yield features, images.labels[batch.indices].to(device)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def run_probe(subject: Subject, protocol: Protocol, seed: int) -> tuple[Tensor, Tensor, float]:
+    """(N, C) ranking of the test images, (N,) labels, and the learning rate used."""
+    images, test = subject.splits()
+    assert images.labels is not None
+    network, given, device = subject.encoder.network, subject.encoder.input, subject.device
+    kept, held_out = hold_out(len(images), protocol, seed)
+    steps = len(kept) // min(protocol.batch_size, len(kept)) * protocol.epochs
+    if protocol.augment:
+        images.into_memory(MEMORY_GB)
+        test.into_memory(MEMORY_GB)
+        batches = augmented(network, images, given, kept, protocol, device, seed)
+        choosing = judged(network, images, given, held_out, device)
+        judging = judged(network, test, given, torch.arange(len(test)), device)
+        width = int(network.num_features)  # type: ignore[arg-type]
+    else:
+        bank, labels = subject.extract(images)
+        queries, truth = subject.extract(test)
+        mean, std = bank.mean(0), bank.std(0) + 1e-6
+        bank, queries, device = (bank - mean) / std, (queries - mean) / std, "cpu"
+        if len(bank) < len(images):  # undecodable images were left out
+            kept, held_out = hold_out(len(bank), protocol, seed)
+        batches = ((bank[i], labels[i]) for i in orders(kept, protocol, seed))
+        choosing = iter([(bank[held_out], labels[held_out])])
+        judging = iter([(queries, truth)])
+        width = bank.shape[1]
+    probe = Probe(width, len(images.classes), protocol, device, seed)
+    train(probe, batches, steps)
+    if len(held_out):
+        hits = torch.stack([(probe.logits(x).argmax(-1) == y).sum(1) for x, y in choosing]).sum(0)
+        probe.keep(int(hits.argmax()))
+    found = [(probe.logits(x)[0].argsort(1, descending=True).cpu(), y.cpu()) for x, y in judging]
+    rankings, truths = zip(*found, strict=True)
+    return torch.cat(rankings), torch.cat(truths), probe.rates.item()
+
+
+def judge(subject: Subject, settings: Settings) -> None:
+    network = subject.encoder.network.to(subject.device)
+    protocol = protocol_of(subject, settings)
+    began, before = time.perf_counter(), fingerprint(network)
+    ranking, truth, rate = run_probe(subject, protocol, settings.seed)
+    if fingerprint(network) != before:
+        raise RuntimeError("the encoder changed under the classifier: not a linear evaluation")
+    top1 = accuracy(ranking, truth)
+    record(
+        subject,
+        f"linear-{protocol.name}{subject.encoder.suffix}",
+        top1=top1,
+        top5=accuracy(ranking, truth, 5) if ranking.shape[1] > 5 else None,
+        interval=confidence(top1, len(truth)),
+        lr=round(rate, 6),
+        probe_epochs=protocol.epochs,
+        probe_batch_size=protocol.batch_size,
+        probe_seed=settings.seed,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def main() -> None:
+    settings = tyro.cli(Settings, prog="python -m eval.linear", description=__doc__)
+    s = settings
+    for subject in subjects(s.run, s.weights, s.baselines, s.data, s.layer):
+        judge(subject, settings)
+
+
+if __name__ == "__main__":
+    cli.run(main)

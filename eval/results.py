@@ -1,0 +1,119 @@
+"""What is judged, and the record of each judgement: one JSON file in RUN/results/."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.cli import UserError
+from common.data import Images, open_train_test
+from common.run import provenance, read_json, write_atomically
+from eval.encoder import Encoder, load
+from eval.features import extract
+
+
+@dataclass
+class Subject:
+    """An encoder with the images it is judged on, and the folder for its results, if any."""
+
+    encoder: Encoder
+    source: str
+    columns: dict[str, str | None]
+    folder: Path | None
+    config: dict[str, Any]  # the run's; empty without a run
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    _splits: tuple[Images, Images] | None = field(default=None, repr=False)
+
+    def splits(self) -> tuple[Images, Images]:
+        """The labelled training and test split of the source."""
+        if self._splits is None:
+            self._splits = open_train_test(self.source, **self.columns)
+        return self._splits
+
+    def extract(self, images: Images) -> tuple[Tensor, Tensor]:
+        """(N, F) features and (N,) labels."""
+        network = self.encoder.network.to(self.device)
+        return extract(network, images, self.encoder.input, self.device)
+
+
+def subjects(
+    run: str, weights: str, baselines: Sequence[str], data: str, layer: int = 0
+) -> Iterator[Subject]:
+    """What a command was asked to judge: the run (or `weights` in its place), then the baselines.
+
+    Raises:
+        UserError: no run and no weights; no data for weights without a run.
+    """
+    folder = Path(run) if run and Path(run).is_dir() else None
+    config = read_json(folder / "config.json")["config"] if folder else {}
+    source = data or config.get("data", "")
+    encoders = [load(run, weights, layer), *(load(run, name) for name in baselines)]
+    if not source:
+        raise UserError("say on which images to judge: --data SOURCE")
+    same = source == config.get("data")
+    columns = {key: config.get(key) if same else None for key in ("image_column", "label_column")}
+    splits = None
+    for encoder in encoders:
+        where = folder / "results" if folder else None
+        subject = Subject(encoder, source, columns, where, config)
+        subject._splits = splits  # decoded once for all
+        yield subject
+        splits = subject._splits
+
+
+def record(subject: Subject, protocol: str, *, top1: float, **values: Any) -> dict[str, Any]:
+    """Print a judgement and, for a run, write RUN/results/PROTOCOL-NAME.json."""
+    train, test = subject.splits()
+    about = subject.encoder.about
+    row = {
+        "protocol": protocol,
+        "subject": subject.encoder.name,
+        "top1": round(top1, 3),
+        **{key: value for key, value in values.items() if value is not None},
+        "data": subject.source,
+        "train_images": len(train),
+        "test_images": len(test),
+        "method": about.get("method"),
+        "recipe": about.get("recipe"),
+        "epochs": about.get("epochs"),
+        "arch": about.get("arch"),
+        "stem": about.get("stem"),
+        "batch_size": subject.config.get("batch_size"),
+        "seed": subject.config.get("seed"),
+        "published": about.get("published"),
+        "pretrained_at": about.get("commit"),
+        "judged": provenance(1),
+    }
+    if subject.folder:
+        subject.folder.mkdir(exist_ok=True)
+        other = "" if subject.source == subject.config.get("data") else f"-on-{subject.source}"
+        name = re.sub(r"[^\w.]+", "-", f"{protocol}-{subject.encoder.name}{other}")
+        path = subject.folder / f"{name}.json"
+        write_atomically(path, json.dumps(row, indent=2).encode() + b"\n")
+    interval = values.get("interval")
+    spread = f" ± {interval:.1f}" if interval is not None else ""
+    who = f"{protocol:<16} {subject.encoder.name:<8}"
+    print(f"{who}  Top-1 {top1:5.1f}{spread}  on {subject.source}", flush=True)
+    return row
+
+
+def confidence(percent: float, count: int) -> float:
+    """Half the width, in percent, of the 95 % Wilson interval of a share measured on `count`."""
+    p, z = percent / 100, 1.959964
+    return 100 * z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A digest of every parameter and buffer: equal before and after, or the probe is not one."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
