@@ -280,7 +280,8 @@ def open_images(
         pixels, labels = demo.split(split)
         return Images(f"demo {split}", pixels, labels, demo.CLASSES, store=pixels)
     try:
-        tables = find_tables(path)
+        pictures = path.is_dir() and next(scan(str(path)), None)
+        tables = [] if pictures else find_tables(path)
         if path.is_dir() and not tables:
             return open_folder(path, split, classes)
     except OSError as error:

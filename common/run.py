@@ -86,6 +86,8 @@ class Run:
         self.main = accelerator.is_main_process
         self.folder = Path(config.out)
         self.first = 0
+        if config.log_every < 1:
+            raise UserError(f"--log-every {config.log_every}: must be at least 1")
         self._row: dict[str, Any] = {}  # of the step under way
         self._timings: dict[str, float] = {}
         self._warned = False
@@ -232,10 +234,10 @@ class Run:
 
     def due(self, step: int, epochs: float) -> bool:
         """Whether a multiple of `epochs` is complete after `step`; true after the last step."""
-        if step + 1 == self.total:
-            return True
+        if step + 1 == self.total or epochs <= 0:
+            return step + 1 == self.total
         passed = [s * self.config.batch_size / self.count / epochs for s in (step, step + 1)]
-        return epochs > 0 and int(passed[0]) < int(passed[1])
+        return int(passed[0]) < int(passed[1])
 
     def log(self, step: int, **values: float | Tensor) -> None:
         """Scalars that depend on the config alone, for the one line of this step.

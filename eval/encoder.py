@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -76,8 +77,8 @@ class DemoEncoder(nn.Module):
 
     241,184 parameters, for the demo's 32 px images on a few cores.
 
-    Twin: simclr/model.py. The first layer strides already: at full resolution it would cost
-    more than the others together.
+    Twin: simclr/model.py, moco/model.py, byol/model.py. The first layer strides already: at full
+    resolution it would cost more than the others together.
     """
 
     def __init__(self) -> None:
@@ -121,7 +122,7 @@ def load(target: str, weights: str = "", layer: int = 0) -> Encoder:
             about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         given = Input(**about["input"])
-        network = build_encoder(about["arch"], about["stem"])
+        network = build_normed(about)
     except UserError:
         raise
     except Exception as error:
@@ -129,7 +130,7 @@ def load(target: str, weights: str = "", layer: int = 0) -> Encoder:
     if weights == "pixels":
         return Encoder(Pixels().eval(), given, "pixels", about)
     if weights == "random":
-        return Encoder(build_seeded(about["arch"], about["stem"]), given, "random", about)
+        return Encoder(build_seeded(about), given, "random", about)
     if weights:
         known = "random, pixels, random:ARCH, torchvision:ARCH"
         raise UserError(f"--weights {weights}: not one of {known}")
@@ -148,8 +149,11 @@ def build_head(kinds: list[str], tensors: dict[str, Tensor]) -> nn.Sequential:
         weight, biased = tensors.get(f"{i}.weight"), f"{i}.bias" in tensors
         if kind == "ReLU":
             layers.append(nn.ReLU())
-        elif kind == "Linear" and weight is not None:
-            layers.append(nn.Linear(weight.shape[1], weight.shape[0], bias=biased))
+        elif kind in ("Linear", "StandardisedLinear") and weight is not None:
+            linear = nn.Linear if kind == "Linear" else StandardisedLinear
+            layers.append(linear(weight.shape[1], weight.shape[0], bias=biased))
+        elif kind == "GroupNorm" and weight is not None:
+            layers.append(nn.GroupNorm(16, len(weight)))
         elif weight is not None and "BatchNorm" in kind:
             layers.append(nn.BatchNorm1d(len(weight)))
         else:
@@ -181,21 +185,73 @@ def by_name(weights: str) -> Encoder:
     if arch not in torchvision.models.list_models(include="resnet*"):
         raise UserError(f"--weights {weights}: no such torchvision ResNet")
     given = Input(224, interpolation="bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    network = build_seeded(arch, "imagenet")
+    about = {"arch": arch, "stem": "imagenet"}
+    network = build_seeded(about)
     if kind == "torchvision":
         try:
             state = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].get_state_dict()
         except Exception as error:
             raise UserError(f"--weights {weights}: cannot be fetched ({error})") from error
         network.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
-    return Encoder(network.eval(), given, weights, {"arch": arch, "stem": "imagenet"})
+    return Encoder(network.eval(), given, weights, about)
 
 
-def build_seeded(arch: str, stem: str) -> nn.Module:
-    """Torchvision's own initial weights, the same at every call, in evaluation mode."""
+def build_normed(about: dict[str, Any]) -> nn.Module:
+    """The network that an exported file's metadata describes, with BatchNorm or GN + WS."""
+    network = build_encoder(about["arch"], about["stem"])
+    return group_norm_weight_standardised(network) if about.get("norm") == "gn+ws" else network
+
+
+def build_seeded(about: dict[str, Any]) -> nn.Module:
+    """The same, at torchvision's own initial weights, equal at every call, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build_encoder(arch, stem).eval()
+        return build_normed(about).eval()
+
+
+# ---- without batch statistics (arXiv 2010.10241) -------------------------------------------------
+
+
+def group_norm_weight_standardised(model: nn.Module) -> nn.Module:
+    """Replace every BatchNorm by GroupNorm and standardise the weights of every other layer.
+
+    Twin: byol/model.py. Keys and shapes of the parameters stay. Only the paper's abstract was
+    read: that there are 16 groups, that all layers are standardised, and that LARS and the moving
+    average act on the weights before standardisation, is not verified.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+                setattr(module, name, nn.GroupNorm(16, child.num_features, child.eps))
+            elif isinstance(child, nn.Conv2d):
+                child.__class__ = StandardisedConv2d  # the same parameters, another forward
+            elif isinstance(child, nn.Linear):
+                child.__class__ = StandardisedLinear
+    return model
+
+
+def standardise(weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each output unit's weights minus their mean, divided by their deviation (arXiv 1903.10520).
+
+    Twin: byol/model.py. weight: (outputs, ...); the deviation is the biased one, plus `eps`.
+    """
+    flat = weight.flatten(1)
+    flat = flat - flat.mean(1, keepdim=True)
+    return (flat / (flat.std(1, correction=0, keepdim=True) + eps)).view_as(weight)
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """Twin: byol/model.py."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, standardise(self.weight), self.bias)
+
+
+class StandardisedLinear(nn.Linear):
+    """Twin: byol/model.py."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, standardise(self.weight), self.bias)
 
 
 class Pixels(nn.Module):

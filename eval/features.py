@@ -39,6 +39,7 @@ def extract(
     """
     assert not network.training and images.labels is not None
     images.into_memory(memory_gb)
+    dtype = next((p.dtype for p in network.parameters()), torch.float32)
     features, kept = [], []
     for batch in tqdm(
         images.batches(chunks(len(images), batch_size), workers),
@@ -47,12 +48,12 @@ def extract(
         disable=None if progress else True,  # None: only where someone looks at a terminal
         leave=False,
     ):
-        features.append(network(prepare(batch, given, device)).float().cpu())
+        views = prepare(batch, given, device).to(dtype)
+        features.append(network(views).float().cpu())
         kept.append(batch.indices)
     index = torch.cat(kept)
-    # a bad image's place is taken by its neighbour: leave the second copy out
-    first = torch.cat([torch.ones(1, dtype=torch.bool), index[1:] != index[:-1]])
-    return torch.cat(features)[first], images.labels[index[first]]
+    own = index == torch.arange(len(index))  # a bad image's place was taken by another
+    return torch.cat(features)[own], images.labels[own]
 
 
 def chunks(count: int, size: int) -> Iterator[Tensor]:

@@ -51,7 +51,8 @@ def fine_tune(encoder: Encoder, images: Images, settings: Settings, device: str)
     peak = settings.base_lr * size / 256
     network = copy.deepcopy(encoder.network)
     torch.manual_seed(settings.seed)
-    classifier = nn.Linear(int(network.num_features), len(images.classes))
+    width = int(network.num_features)  # type: ignore[arg-type]
+    classifier = nn.Linear(width, len(images.classes))
     model = nn.Sequential(network, classifier).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, nesterov=True)
     program = Batched(train_views(encoder.input))

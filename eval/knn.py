@@ -19,7 +19,7 @@ import tyro
 from torch import Tensor, nn
 
 from common import cli
-from common.data import Images, open_train_test
+from common.data import Images, open_train_test, take
 from common.run import Run
 from eval.encoder import Input
 from eval.features import extract
@@ -119,10 +119,7 @@ class Monitor:
 def thin(images: Images, count: int) -> Images:
     """At most `count` images, evenly spaced."""
     step = -(-len(images) // count)
-    if step == 1 or images.labels is None:
-        return images
-    picked = [images.encoded[i] for i in range(0, len(images), step)]
-    return Images(images.name, picked, images.labels[::step], images.classes)
+    return images if step == 1 else take(images, torch.arange(len(images)) % step == 0, "thinned")
 
 
 def judge(subject: Subject, settings: Settings) -> None:

@@ -28,7 +28,7 @@ from common import cli
 from common.augment import Batched
 from common.data import Images, batch_indices, generator
 from eval.encoder import Input
-from eval.features import chunks, prepare
+from eval.features import prepare
 from eval.knn import accuracy
 from eval.results import Subject, confidence, fingerprint, record, subjects
 
@@ -217,9 +217,11 @@ def judged(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(B, F) features of central crops and (B,) labels of the images at `index`, (M,)."""
     assert images.labels is not None
-    for batch in images.batches((index[i] for i in chunks(len(index), 256)), workers=2):
+    parts = index.split(256)
+    for wanted, batch in zip(parts, images.batches(parts, workers=2), strict=True):
         features = network(prepare(batch, given, device)).float()
-        yield features, images.labels[batch.indices].to(device)
+        own = batch.indices == wanted  # the place of a bad image was taken by another
+        yield features[own.to(device)], images.labels[wanted[own]].to(device)
 
 
 # ---- the command ---------------------------------------------------------------------------------

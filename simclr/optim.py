@@ -53,7 +53,10 @@ class LARS(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            buffers = [self.state[p].setdefault("v", torch.zeros_like(p)) for p in params]
+            for p in params:
+                if "v" not in self.state[p]:
+                    self.state[p]["v"] = torch.zeros_like(p)
+            buffers = [self.state[p]["v"] for p in params]
             grads = torch._foreach_add(
                 [p.grad for p in params], params, alpha=group["weight_decay"]
             )

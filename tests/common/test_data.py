@@ -1,0 +1,688 @@
+"""Images in: every kind of source, every kind of file, bad files, and an order of one's own."""
+
+import io
+import os
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import data
+from common.cli import UserError
+from common.data import (
+    MAX_SIDE,
+    Images,
+    batch_indices,
+    decode,
+    epoch_order,
+    generator,
+    open_images,
+    open_train_test,
+)
+
+REAL = Path(os.environ.get("SSL_DATA", Path(__file__).parents[2] / "../shared/data"))
+
+
+def pixels(seed, height=8, width=8):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def write(path, seed=0, height=8, width=8):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels(seed, height, width)).save(path)
+    return path
+
+
+def encoded(seed=0, kind="PNG", **size):
+    file = io.BytesIO()
+    Image.fromarray(pixels(seed, **size)).save(file, kind)
+    return file.getvalue()
+
+
+def said(caught):
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    for i, name in enumerate(
+        ["b.png", "a.JPG", "c.webp", "d.jpeg", "e.bmp", "f.tiff", ".hidden.png"]
+    ):
+        write(tmp_path / name, i)
+    (tmp_path / "notes.txt").write_text("not an image")
+    images = open_images(str(tmp_path))
+    assert [Path(p).name for p in images.encoded] == [
+        "a.JPG", "b.png", "c.webp", "d.jpeg", "e.bmp", "f.tiff",
+    ]  # fmt: skip
+    assert images.labels is None and images.classes == ()
+    assert torch.equal(
+        images.batch(torch.tensor([1])).images[0], torch.tensor(pixels(0)).permute(2, 0, 1)
+    )
+    with pytest.raises(UserError, match="no labels"):
+        open_train_test(str(tmp_path))
+
+
+def test_class_folders_at_any_depth(tmp_path):
+    write(tmp_path / "cat" / "1.png")
+    write(tmp_path / "cat" / "deep" / "er" / "2.png")
+    write(tmp_path / "ant" / "x" / "3.png")
+    (tmp_path / "empty").mkdir()
+    images = open_images(str(tmp_path))
+    assert images.classes == ("ant", "cat") and images.labels.tolist() == [0, 1, 1]
+    for spelt in (f"{tmp_path}/", f"{tmp_path}/../{tmp_path.name}"):
+        assert open_images(spelt).labels.tolist() == [0, 1, 1]
+
+
+def test_class_folders_of_the_working_directory(tmp_path, monkeypatch):
+    write(tmp_path / "b" / "1.png")
+    write(tmp_path / "a" / "2.png")
+    monkeypatch.chdir(tmp_path)
+    assert open_images(".").classes == ("a", "b")
+
+
+def test_images_beside_class_folders_mean_no_labels(tmp_path):
+    write(tmp_path / "cat" / "1.png")
+    write(tmp_path / "loose.png")
+    images = open_images(str(tmp_path))
+    assert len(images) == 2 and images.labels is None
+
+
+@pytest.mark.parametrize("train", ["train", "Training"])
+@pytest.mark.parametrize("test", ["test", "testing", "validation", "Val", "valid"])
+def test_split_folders(tmp_path, train, test):
+    for name, count in ((train, 3), (test, 2)):
+        for label in ("x", "y"):
+            for i in range(count):
+                write(tmp_path / name / label / f"{i}.png", i)
+    first, second = open_train_test(str(tmp_path))
+    assert (len(first), len(second)) == (6, 4)
+    assert first.classes == second.classes == ("x", "y")
+    assert len(open_images(str(tmp_path), test.lower())) == 4
+
+
+def test_test_comes_before_validation(tmp_path):
+    for name, count in (("train", 2), ("validation", 3), ("test", 4)):
+        for i in range(count):
+            write(tmp_path / name / "ab"[i % 2] / f"{i}.png")
+    assert [len(part) for part in open_train_test(str(tmp_path))] == [2, 4]
+    assert len(open_images(str(tmp_path), "validation")) == 3
+
+
+def test_without_a_test_folder_every_fifth_image_is_held_out(tmp_path):
+    for i in range(10):
+        write(tmp_path / "ab"[i // 5] / f"{i}.png", i)
+    train, test = open_train_test(str(tmp_path))
+    assert [Path(p).stem for p in test.encoded] == ["4", "9"]
+    assert [Path(p).stem for p in train.encoded] == list("01235678")
+    assert test.labels.tolist() == [0, 1] and train.labels.tolist() == [0] * 4 + [1] * 4
+    assert "1/5 of train" in test.name and "4/5 of train" in train.name
+
+
+def test_a_test_folder_without_a_train_folder_is_refused(tmp_path):
+    write(tmp_path / "test" / "a" / "1.png")
+    with pytest.raises(UserError, match="no train folder"):
+        open_images(str(tmp_path))
+
+
+def test_classes_are_numbered_by_the_training_split(tmp_path):
+    for name in ("ant", "bee", "cow"):
+        write(tmp_path / "train" / name / "1.png")
+    write(tmp_path / "test" / "cow" / "1.png")
+    write(tmp_path / "test" / "bee" / "1.png")
+    train, test = open_train_test(str(tmp_path))
+    assert train.classes == test.classes == ("ant", "bee", "cow")
+    assert test.labels.tolist() == [1, 2]
+
+
+def test_classes_that_train_lacks_are_named(tmp_path):
+    for name in ("train/ant", "train/bee", "test/ant", "test/yak"):
+        write(tmp_path / name / "1.png")
+    with pytest.raises(UserError, match="not in train: yak"):
+        open_train_test(str(tmp_path))
+
+
+def test_one_class_only(tmp_path):
+    write(tmp_path / "only" / "1.png")
+    assert open_images(str(tmp_path)).classes == ("only",)
+    with pytest.raises(UserError, match=r"one class only \(only\)"):
+        open_train_test(str(tmp_path))
+
+
+def test_no_images_and_no_such_path(tmp_path):
+    (tmp_path / "empty" / "below").mkdir(parents=True)
+    (tmp_path / "file.zip").write_bytes(b"")
+    with pytest.raises(UserError, match="no images in it") as caught:
+        open_images(str(tmp_path / "empty"))
+    assert ".png" in said(caught)
+    with pytest.raises(UserError, match="no such folder or file"):
+        open_images(str(tmp_path / "missing"))
+    with pytest.raises(UserError, match=r"not a folder, a \.parquet"):
+        open_images(str(tmp_path / "file.zip"))
+
+
+def test_links_are_followed_and_loops_do_not_hang(tmp_path):
+    write(tmp_path / "elsewhere" / "1.png")
+    write(tmp_path / "root" / "a" / "2.png")
+    (tmp_path / "root" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "a" / "up").symlink_to(tmp_path / "root")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "root" / "a")
+    names = {Path(p).name for p in open_images(str(tmp_path / "root")).encoded}
+    assert names == {"1.png", "2.png"}
+
+
+def scan_seconds(folder, count):
+    for start in range(0, count, 1000):
+        below = folder / f"{start // 1000:03}"
+        below.mkdir()
+        for i in range(start, start + 1000):
+            os.close(os.open(below / f"{i}.jpg", os.O_CREAT))
+    began = time.perf_counter()
+    images = open_images(str(folder))
+    seconds = time.perf_counter() - began
+    assert len(images) == count and len(images.classes) == count // 1000
+    print(f"{count:,} files scanned in {seconds:.2f} s")
+    return seconds
+
+
+def test_many_files_are_scanned_quickly(tmp_path):
+    assert scan_seconds(tmp_path, 20_000) < 3
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_files_are_scanned_quickly(tmp_path):
+    assert scan_seconds(tmp_path, 100_000) < 15
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+ENCODED = [{"bytes": encoded(i), "path": None} for i in range(6)]
+LABELS = [2, 0, 1, 2, 0, 1]
+
+
+def table(columns, **features):
+    kinds = {"image": datasets.Image(), "label": datasets.Value("int64")} | features
+    return datasets.Dataset.from_dict(
+        columns, datasets.Features({name: kinds[name] for name in columns})
+    )
+
+
+def parquet(path, columns=None, **features):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table(columns or {"image": ENCODED, "label": LABELS}, **features).to_parquet(path)
+    return str(path)
+
+
+def same_pixels(images):
+    shown = images.batch(torch.arange(len(images))).images
+    expected = [torch.tensor(pixels(i)).permute(2, 0, 1) for i in range(len(images))]
+    return torch.equal(shown, torch.stack(expected))
+
+
+def test_parquet_with_an_image_feature(tmp_path):
+    images = open_images(parquet(tmp_path / "any.parquet"))
+    assert same_pixels(images)
+    assert images.labels.tolist() == LABELS and images.classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("fields", [{"bytes", "path"}, {"bytes"}])
+def test_parquet_with_a_plain_struct(tmp_path, fields):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{k: v for k, v in image.items() if k in fields} for image in ENCODED]
+    kind = pa.struct(
+        {"bytes": pa.binary(), "path": pa.string()} if "path" in fields else {"bytes": pa.binary()}
+    )
+    pq.write_table(pa.table({"img": pa.array(rows, kind), "label": LABELS}), tmp_path / "a.parquet")
+    images = open_images(str(tmp_path / "a.parquet"))
+    assert same_pixels(images) and images.labels.tolist() == LABELS
+
+
+def test_parquet_with_plain_bytes_if_the_column_is_named(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = pa.array([image["bytes"] for image in ENCODED], pa.binary())
+    pq.write_table(pa.table({"raw": rows}), tmp_path / "a.parquet")
+    path = str(tmp_path / "a.parquet")
+    assert same_pixels(open_images(path, image_column="raw"))
+    with pytest.raises(UserError, match="no image column among raw; say --image-column"):
+        open_images(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "names", "numbers"),
+    [
+        ([10, 9, 10, 2, 9, 2], "int64", ("2", "9", "10"), [2, 1, 2, 0, 1, 0]),
+        (["b", "a", "b", "c", "a", "c"], "string", ("a", "b", "c"), [1, 0, 1, 2, 0, 2]),
+        ([True, False] * 3, "bool", ("False", "True"), [1, 0] * 3),
+    ],
+)
+def test_labels_of_any_kind(tmp_path, values, kind, names, numbers):
+    columns = {"image": ENCODED, "label": values}
+    images = open_images(parquet(tmp_path / "a.parquet", columns, label=datasets.Value(kind)))
+    assert images.classes == names and images.labels.tolist() == numbers
+
+
+def test_class_labels_keep_their_names_and_order(tmp_path):
+    kind = datasets.ClassLabel(names=["zebra", "ant", "yak", "unused"])
+    columns = {"image": ENCODED, "kind": LABELS}
+    images = open_images(parquet(tmp_path / "a.parquet", columns, kind=kind))
+    assert images.classes == ("zebra", "ant", "yak", "unused")
+    assert images.labels.tolist() == LABELS
+
+
+def test_a_test_table_in_another_order_of_names_is_numbered_by_train(tmp_path):
+    for split, names in (("train", ["b", "a", "c"]), ("test", ["a", "b", "c"])):
+        kind = datasets.ClassLabel(names=names)
+        parquet(tmp_path / f"{split}-0.parquet", label=kind)
+    train, test = open_train_test(str(tmp_path))
+    assert train.classes == test.classes == ("b", "a", "c")
+    assert train.labels.tolist() == LABELS and test.labels.tolist() == [2, 1, 0, 2, 1, 0]
+
+
+@pytest.mark.parametrize("hidden", [-1, None])
+def test_a_test_split_without_labels_gives_way_to_validation(tmp_path, hidden):
+    kind = datasets.ClassLabel(names=["a", "b", "c"])
+    parquet(tmp_path / "data" / "train-0.parquet", label=kind)
+    unknown = {"image": ENCODED, "label": [hidden] * 6}
+    parquet(tmp_path / "data" / "test-0.parquet", unknown, label=kind)
+    assert open_images(str(tmp_path), "test").labels is None
+    with pytest.raises(UserError, match="test split has no labels"):
+        open_train_test(str(tmp_path))
+    four = {"image": ENCODED[:4], "label": LABELS[:4]}
+    parquet(tmp_path / "data" / "validation-0.parquet", four, label=kind)
+    assert [len(part) for part in open_train_test(str(tmp_path))] == [6, 4]
+
+
+def test_shards_and_splits_of_a_folder_of_tables(tmp_path):
+    parquet(tmp_path / "data" / "train-00000-of-00002.parquet")
+    parquet(tmp_path / "data" / "train-00001-of-00002.parquet")
+    parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    parquet(tmp_path / ".cache" / "train-9.parquet")
+    assert [len(part) for part in open_train_test(str(tmp_path))] == [12, 6]
+    with pytest.raises(UserError, match="no 'other' among test-00000"):
+        open_images(str(tmp_path), "other")
+
+
+def test_train_and_test_are_never_the_same_table(tmp_path):
+    inside = tmp_path / "test"
+    one = parquet(inside / "test.parquet")
+    held_out = open_train_test(one)  # a file given by name is the training split
+    assert [len(part) for part in held_out] == [5, 1]
+    with pytest.raises(UserError, match=r"no train among test\.parquet"):
+        open_images(str(tmp_path))
+    parquet(tmp_path / "val" / "0.parquet")
+    assert [len(part) for part in open_train_test(str(tmp_path / "val"))] == [5, 1]
+    table({"image": ENCODED, "label": LABELS}).save_to_disk(tmp_path / "saved")
+    assert [len(part) for part in open_train_test(str(tmp_path / "saved"))] == [5, 1]
+
+
+def test_arrow_saved_to_disk(tmp_path):
+    saved = table({"image": ENCODED, "label": LABELS})
+    saved.save_to_disk(tmp_path / "one")
+    images = open_images(str(tmp_path / "one"))
+    assert same_pixels(images) and images.labels.tolist() == LABELS
+    datasets.DatasetDict(train=saved, test=saved.select(range(4))).save_to_disk(tmp_path / "both")
+    train, test = open_train_test(str(tmp_path / "both"))
+    assert same_pixels(train) and same_pixels(test) and (len(train), len(test)) == (6, 4)
+
+
+def test_several_image_columns_name_the_flag(tmp_path):
+    columns = {"image": ENCODED, "depth": ENCODED, "label": LABELS}
+    path = parquet(tmp_path / "a.parquet", columns, depth=datasets.Image())
+    with pytest.raises(UserError, match=r"several image columns \(image, depth\)") as caught:
+        open_images(path)
+    assert "--image-column" in said(caught)
+    assert same_pixels(open_images(path, image_column="depth"))
+
+
+def test_columns_that_will_not_do(tmp_path):
+    columns = {"image": ENCODED, "label": LABELS, "labels": [[1, 2]] * 6}
+    several = datasets.Sequence(datasets.Value("int64"))
+    path = parquet(tmp_path / "a.parquet", columns, labels=several)
+    for names, line in (
+        ({"image_column": "img"}, "no column 'img'; it has image, label, labels"),
+        ({"label_column": "y"}, "no column 'y'; it has image, label, labels"),
+        ({"image_column": "label"}, "'label' holds no images"),
+        ({"label_column": "labels"}, "'labels' holds no labels"),
+    ):
+        with pytest.raises(UserError, match=line) as caught:
+            open_images(path, **names)
+        said(caught)
+    only_lists = {"image": ENCODED, "labels": [[1, 2]] * 6}
+    assert open_images(parquet(tmp_path / "b.parquet", only_lists, labels=several)).labels is None
+
+
+def test_labels_may_be_missing_and_may_be_named(tmp_path):
+    columns = {"image": ENCODED, "breed": ["x", "y"] * 3}
+    path = parquet(tmp_path / "a.parquet", columns, breed=datasets.Value("string"))
+    assert open_images(path).labels is None
+    assert open_images(path, label_column="breed").labels.tolist() == [0, 1] * 3
+
+
+def test_an_empty_and_a_broken_table(tmp_path):
+    empty = parquet(tmp_path / "a.parquet", {"image": [], "label": []})
+    with pytest.raises(UserError, match=r"no images|Error"):
+        open_images(empty)
+    (tmp_path / "b.parquet").write_bytes(b"not parquet")
+    with pytest.raises(UserError, match=r"b.parquet: \w+") as caught:
+        open_images(str(tmp_path / "b.parquet"))
+    said(caught)
+
+
+# ---- the Hub -------------------------------------------------------------------------------------
+
+
+def test_a_hub_id_without_a_network_is_one_line():
+    with pytest.raises(UserError, match="nobody/nothing: not a local path, and the Hub") as caught:
+        open_images("nobody/nothing")
+    said(caught)
+
+
+@pytest.mark.parametrize(("held", "second"), [(["train", "validation"], 4), (["train"], 1)])
+def test_the_hub_path_on_local_files(monkeypatch, held, second):
+    whole = table({"image": ENCODED, "label": LABELS})
+    parts = {"train": whole, "validation": whole.select(range(4))}
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: held)
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: parts[split])
+    train, test = open_train_test("owner/name")
+    assert len(test) == second and len(train) + (second == 1) == 6
+    with pytest.raises(UserError, match="no split 'extra'; it has train"):
+        open_images("owner/name", "extra")
+
+
+# ---- decoding ------------------------------------------------------------------------------------
+
+
+def through(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return decode({"bytes": file.getvalue(), "path": None})
+
+
+def test_paths_bytes_and_tensors(tmp_path):
+    path = write(tmp_path / "a.png", 3, 5, 7)
+    expected = torch.tensor(pixels(3, 5, 7)).permute(2, 0, 1)
+    raw = path.read_bytes()
+    for given in (path, str(path), {"bytes": None, "path": str(path)}, {"bytes": raw}):
+        assert torch.equal(decode(given), expected)
+    assert decode(expected) is expected
+
+
+def test_grayscale_and_palette():
+    gray = torch.arange(48, dtype=torch.uint8).view(6, 8) * 5
+    assert torch.equal(through(Image.fromarray(gray.numpy())), gray.expand(3, 6, 8))
+    bits = Image.fromarray(gray.numpy() > 100)
+    assert bits.mode == "1"
+    assert torch.equal(through(bits), (gray > 100).mul(255).to(torch.uint8).expand(3, 6, 8))
+    colours = Image.fromarray(pixels(1, 3, 4)).convert("P", palette=Image.Palette.ADAPTIVE)
+    expected = torch.tensor(np.array(colours.convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(through(colours), expected)
+
+
+def test_transparency_is_over_white():
+    rgba = np.zeros((1, 3, 4), dtype=np.uint8)
+    rgba[0] = [[200, 0, 0, 255], [200, 0, 0, 0], [200, 0, 0, 102]]
+    expected = [[200, 255, 233], [0, 255, 153], [0, 255, 153]]  # 102 / 255 = 0.4 of the colour
+    assert through(Image.fromarray(rgba))[:, 0].tolist() == expected
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    assert through(palette, transparency=1)[:, 0].tolist() == [[10, 255], [20, 255], [30, 255]]
+    both = np.array([[[50, 255], [50, 0]]], dtype=np.uint8)
+    assert through(Image.fromarray(both, "LA"))[:, 0].tolist() == [[50, 255]] * 3
+
+
+def test_cmyk():
+    expected = torch.tensor([[[215]], [[120]], [[40]]])
+    shown = through(Image.new("CMYK", (8, 8), (40, 135, 215, 0)), "JPEG", quality=100)
+    assert shown.shape == (3, 8, 8)
+    assert (shown.int() - expected).abs().max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_reduced_to_eight(kind):
+    deep = torch.arange(256).view(16, 16) * 257
+    shown = through(Image.fromarray(deep.numpy().astype(np.uint16)), kind)
+    assert torch.equal(shown, (deep // 257).to(torch.uint8).expand(3, 16, 16))
+
+
+def test_sixteen_bits_of_colour_and_with_a_transparent_value():
+    def chunk(name, content):
+        crc = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + crc
+
+    def png(colour_type, row, *more):
+        head = struct.pack(">IIBBBBB", 1, 1, 16, colour_type, 0, 0, 0)
+        body = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(f">{len(row)}H", *row)))
+        chunks = [chunk(b"IHDR", head), *more, body, chunk(b"IEND", b"")]
+        return {"bytes": b"\x89PNG\r\n\x1a\n" + b"".join(chunks)}
+
+    assert decode(png(2, [257 * 7, 257 * 100, 65535])).flatten().tolist() == [7, 100, 255]
+    transparent = chunk(b"tRNS", struct.pack(">H", 65535))
+    assert decode(png(0, [257 * 9], transparent)).flatten().tolist() == [9, 9, 9]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    upright = np.zeros((16, 32, 3), dtype=np.uint8)
+    upright[:8, :16] = 255  # bright at the top left
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    shown = through(image, "JPEG", exif=exif, quality=95)
+    assert (shown.int() - torch.tensor(upright).permute(2, 0, 1).int()).abs().max() <= 4
+
+
+def test_the_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue", "green")]
+    shown = through(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert torch.equal(shown, torch.tensor([255, 0, 0]).view(3, 1, 1).expand(3, 4, 6).byte())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_longer_side_is_reduced(kind):
+    wide = Image.fromarray(np.full((300, 3 * MAX_SIDE, 3), 77, dtype=np.uint8))
+    shown = through(wide, kind)
+    assert shown.shape == (3, 100, MAX_SIDE) and (shown.int() - 77).abs().max() <= 1
+    exact = Image.fromarray(pixels(0, MAX_SIDE, 20))
+    assert through(exact).shape == (3, MAX_SIDE, 20)
+    assert torch.equal(through(exact), torch.tensor(pixels(0, MAX_SIDE, 20)).permute(2, 0, 1))
+
+
+# ---- bad images ----------------------------------------------------------------------------------
+
+
+def a_folder(root, count=40, bad=(), sizes=False):
+    """PNGs of one size or of many, those in `bad` truncated, empty and text in turn."""
+    for i in range(count):
+        size = (5 + i % 4, 6 + i % 3) if sizes else (8, 8)
+        path = write(root / f"{i:03}.jpg", i, *size)
+        if i in bad:
+            content = (path.read_bytes()[:-200], b"", b"this is no image")
+            path.write_bytes(content[bad.index(i) % 3])
+    return str(root)
+
+
+def jpegs_truncated_by(path, count):
+    path.write_bytes(path.read_bytes()[:-count])
+
+
+def test_a_truncated_jpeg_is_not_half_an_image(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encoded(0, "JPEG", height=64, width=64))
+    decode(path)
+    jpegs_truncated_by(path, 500)
+    with pytest.raises(OSError, match="truncated"):
+        decode(path)
+
+
+def test_bad_images_are_counted_named_and_replaced_by_the_next_good_one(tmp_path):
+    source = a_folder(tmp_path, 60, bad=(10, 11, 59))
+    images = open_images(source)
+    line = images.load(1.0)
+    assert sorted(images.bad) == [10, 11, 59]
+    assert line.startswith(f"{source}: 60 images, no labels, in memory; 3 undecodable images")
+    assert "010.jpg" in line and "011.jpg" in line and "059.jpg" in line and "\n" not in line
+    batch = images.batch(torch.tensor([9, 10, 11, 12, 59]))
+    assert batch.indices.tolist() == [9, 12, 12, 12, 0]
+    good = open_images(source).batch(torch.tensor([9, 12, 12, 12, 0]))
+    assert torch.equal(batch.images, good.images)
+
+
+def test_a_report_names_three_and_counts_the_rest():
+    images = Images("x", list(range(100)), bad={i: f"n{i}" for i in (5, 2, 9, 7, 30)})
+    assert images.report_bad() == "5 undecodable images skipped: n2; n5; n7 and 2 more"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_images_are_one_line_wherever_they_are_met(tmp_path, workers):
+    bad = tuple(range(1, 38, 2))
+    source = a_folder(tmp_path, 40, bad)
+    with pytest.raises(UserError, match=r"cannot be decoded, e\.g\. .*at most 5% are") as caught:
+        list(open_images(source).batches(torch.arange(40).split(8), workers))
+    said(caught)
+    with pytest.raises(UserError, match="cannot be decoded"):
+        open_images(source).load(1.0)
+
+
+def test_five_percent_are_skipped_and_more_are_not(tmp_path):
+    assert len(open_images(a_folder(tmp_path / "a", 40, (3, 17))).load(1.0)) > 0
+    with pytest.raises(UserError, match="3 of 40 images"):
+        open_images(a_folder(tmp_path / "b", 40, (3, 17, 30))).load(1.0)
+
+
+def test_a_missing_file_is_a_bad_image(tmp_path):
+    source = a_folder(tmp_path, 40)
+    images = open_images(source)
+    os.unlink(images.encoded[7])
+    assert images.batch(torch.tensor([7])).indices.tolist() == [8]
+    assert "007.jpg" in images.report_bad()
+
+
+@pytest.mark.parametrize("sizes", [False, True])
+def test_memory_and_workers_give_the_same_bits(tmp_path, sizes):
+    source = a_folder(tmp_path, 41, bad=(4, 5), sizes=sizes)
+    orders = [batch_indices(s, batch_size=12, count=41, seed=1) for s in range(6)]
+    assert any(4 in order for order in orders)
+    stored = open_images(source)
+    assert stored.into_memory(1.0) and isinstance(stored.store, list if sizes else torch.Tensor)
+    expected = list(stored.batches(orders))
+    for workers in (0, 2):
+        images = open_images(source)
+        assert not images.into_memory(0.0)
+        before = torch.random.get_rng_state()
+        found = list(images.batches(orders, workers))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert sorted(images.bad) == [4, 5]
+        assert len(found) == len(expected) == 6
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.images, other.images) and one.images.dtype == torch.uint8
+            assert torch.equal(one.sizes, other.sizes) and torch.equal(one.indices, other.indices)
+
+
+def test_mixed_sizes_stand_at_the_top_left_of_a_zero_canvas():
+    images = [torch.full((3, 2, 5), 9, dtype=torch.uint8), torch.full((3, 4, 3), 7).byte()]
+    canvas, sizes = data.pad(images)
+    assert canvas.shape == (2, 3, 4, 5) and sizes.tolist() == [[2, 5], [4, 3]]
+    assert torch.equal(canvas[0, :, :2], images[0]) and not canvas[0, :, 2:].any()
+    assert torch.equal(canvas[1, :, :, :3], images[1]) and not canvas[1, :, :, 3:].any()
+
+
+def test_what_does_not_fit_is_not_kept(tmp_path):
+    images = open_images(a_folder(tmp_path, 40))
+    needed = 40 * 3 * 8 * 8 / 2**30
+    assert not images.into_memory(needed * 0.99) and images.store is None
+    assert "decoded by workers" in images.load(0.0)
+    assert images.into_memory(needed * 1.01) and images.store.shape == (40, 3, 8, 8)
+
+
+# ---- order ---------------------------------------------------------------------------------------
+
+
+def test_an_epochs_order_is_a_pure_permutation():
+    orders = {(s, e): epoch_order(s, e, 101) for s in (1, 2) for e in (0, 1, 2)}
+    for (seed, epoch), order in orders.items():
+        assert torch.equal(order.sort().values, torch.arange(101))
+        torch.manual_seed(seed + epoch)
+        epoch_order.cache_clear()
+        assert torch.equal(epoch_order(seed, epoch, 101), order)
+    assert len({tuple(order.tolist()) for order in orders.values()}) == 6
+
+
+def test_generators_depend_on_the_whole_key():
+    keys = [(1, "views", 2), (1, "views", 3), (2, "views", 2), (1, "order", 2), (12,), (1, 2)]
+    assert len({torch.rand(1, generator=generator(*key)).item() for key in keys}) == len(keys)
+    again = torch.rand(5, generator=generator(1, "views", 2))
+    assert torch.equal(again, torch.rand(5, generator=generator(1, "views", 2)))
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 3), (7, 7), (5, 8), (12, 4), (3, 11)])
+def test_the_stream_holds_every_image_once_an_epoch(count, size):
+    steps = count * size  # `size` whole epochs
+    batches = [batch_indices(s, batch_size=size, count=count, seed=3) for s in range(steps)]
+    assert all(len(batch) == size for batch in batches)
+    for epoch, part in enumerate(torch.cat(batches).split(count)):
+        assert torch.equal(part, epoch_order(3, epoch, count))
+
+
+def test_batches_span_epochs_only_in_the_stream():
+    spanning = batch_indices(3, batch_size=3, count=10, seed=1)
+    expected = torch.cat([epoch_order(1, 0, 10)[9:], epoch_order(1, 1, 10)[:2]])
+    assert torch.equal(spanning, expected)
+    for step in range(12):
+        epoch, k = divmod(step, 3)
+        batch = batch_indices(step, batch_size=3, count=10, seed=1, drop_last=True)
+        assert torch.equal(batch, epoch_order(1, epoch, 10)[3 * k : 3 * k + 3])
+
+
+# ---- real images, where they are -----------------------------------------------------------------
+
+
+def real(name):
+    if not (REAL / name).exists():
+        pytest.skip(f"{REAL / name} is not there")
+    return str(REAL / name)
+
+
+def test_real_parquet():
+    train, test = open_train_test(real("cifar10-jpeg"))
+    assert (len(train), len(test)) == (50_000, 10_000)
+    assert train.classes == test.classes and len(train.classes) == 10
+    assert train.labels.bincount().tolist() == [5_000] * 10
+    assert train.batch(torch.arange(8)).images.shape == (8, 3, 32, 32)
+
+
+def test_real_photographs():
+    train, test = open_train_test(real("clothing"))
+    assert (len(train), len(test)) == (3_068, 372) and len(train.classes) == 10
+    assert len(open_images(real("clothing"), "validation")) == 341
+    batch = train.batch(torch.arange(4))
+    assert batch.images.shape[2:] == tuple(batch.sizes.amax(0)) and batch.sizes.max() <= MAX_SIDE
+
+
+def test_real_flat_folder():
+    images = open_images(real("bccd"))
+    assert len(images) == 364
+    assert images.batch(torch.arange(3)).images.shape == (3, 3, 480, 640) and not images.bad

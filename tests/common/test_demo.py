@@ -1,0 +1,100 @@
+"""The embedded images: what their docstring claims, and that learning on them means something."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common import demo
+from common.data import open_train_test
+from common.views import Pairs
+from eval.encoder import Encoder, Input, Pixels, build_seeded
+from eval.features import extract
+from eval.finetune import Settings, fine_tune
+from eval.knn import accuracy, predict
+from eval.linear import FEATURES, judged, run_probe
+from eval.results import Subject
+from simclr import augment
+from simclr.config import DEMO
+from simclr.loss import nt_xent
+from simclr.model import SimCLR
+from simclr.optim import LARS, lr_at, parameter_groups, total_steps
+
+GIVEN = Input.of(32)
+
+
+def knn(network: torch.nn.Module) -> float:
+    train, test = open_train_test("demo")
+    bank, labels = extract(network.eval(), train, GIVEN)
+    queries, truth = extract(network.eval(), test, GIVEN)
+    ranking, _ = predict(queries, bank, labels, classes=10, k=20, temperature=0.1)
+    return accuracy(ranking, truth)
+
+
+def linear(network: torch.nn.Module) -> float:
+    subject = Subject(Encoder(network.eval(), GIVEN, "encoder"), "demo", {}, None, {}, "cpu")
+    ranking, truth, _ = run_probe(subject, FEATURES, seed=1)
+    return accuracy(ranking, truth)
+
+
+def test_same_images_for_the_same_seed():
+    images, labels = demo.render(200, seed=3)
+    again, same = demo.render(200, seed=3)
+    assert images.shape == (200, 3, 32, 32) and images.dtype == torch.uint8
+    assert torch.equal(images, again) and torch.equal(labels, same)
+    assert not torch.equal(images, demo.render(200, seed=4)[0])
+    assert labels.bincount().tolist() == [20] * 10 and len(demo.CLASSES) == 10
+
+
+def test_splits_share_no_image():
+    (train, _), (test, _) = demo.split("train"), demo.split("test")
+    assert len(train) == 5120 and len(test) == 2000
+    digests = [{image.numpy().tobytes() for image in split} for split in (train, test)]
+    assert len(digests[0]) == 5120 and not digests[0] & digests[1]
+
+
+def test_pixels_and_a_random_encoder_know_little():
+    assert knn(Pixels()) < 40
+    assert linear(Pixels()) < 20
+    random = build_seeded({"arch": "demo", "stem": "imagenet"})
+    assert knn(random) < 40
+    assert linear(random) < 30
+
+
+@pytest.mark.slow
+def test_labels_tell_nearly_all():
+    train, test = open_train_test("demo")
+    twin = Encoder(build_seeded({"arch": "demo", "stem": "imagenet"}), GIVEN, "random")
+    model = fine_tune(twin, train, Settings(epochs=20, base_lr=0.2), "cpu")
+    judging = list(judged(model, test, GIVEN, torch.arange(len(test)), "cpu"))
+    hits = sum(int((logits.argmax(1) == labels).sum()) for logits, labels in judging)
+    assert hits / len(test) > 0.95
+
+
+def pretrained(shuffled: bool) -> torch.nn.Module:
+    """SimCLR's demo recipe for a fifth of its length; `shuffled`: partners of other images."""
+    cfg = replace(DEMO, epochs=8, warmup_epochs=0.8)
+    train, _ = open_train_test("demo")
+    pairs = Pairs(train, augment.views(cfg), batch_size=cfg.batch_size, seed=1)
+    torch.manual_seed(1)
+    model = SimCLR(cfg).to(memory_format=torch.channels_last)
+    optimizer = LARS(parameter_groups(model, cfg.weight_decay), cfg.momentum)
+    total = total_steps(cfg, len(train))
+    for step, (view1, view2) in enumerate(pairs(0, total)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, cfg, len(train))
+        view2 = view2.roll(1, 0) if shuffled else view2
+        loss, _ = nt_xent(*model(view1, view2), cfg.temperature)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.encoder
+
+
+@pytest.mark.slow
+def test_without_true_partners_the_gain_is_lost():
+    true, false = linear(pretrained(shuffled=False)), linear(pretrained(shuffled=True))
+    random = linear(build_seeded({"arch": "demo", "stem": "imagenet"}))
+    print(f"linear Top-1: random {random:.1f}, shuffled {false:.1f}, SimCLR {true:.1f}")
+    assert true - random > 25
+    assert false - random < (true - random) / 3

@@ -1,0 +1,161 @@
+"""Encoders from a file or by name: built as they were trained, or refused in one line."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import simclr.model
+from common.cli import UserError
+from common.data import Batch, Images, pad
+from eval import encoder as module
+from eval.encoder import Input, build_encoder, build_seeded, load, metadata
+from eval.features import extract, prepare
+
+
+def save(path, network, arch="demo", stem="imagenet", given=None, **changes):
+    about = metadata(arch, stem, given or Input.of(32), "row") | {"method": "simclr"} | changes
+    tensors = dict(network.state_dict()) | {"head.0.weight": torch.ones(2, 2)}
+    save_file(tensors, path, {key: json.dumps(value) for key, value in about.items()})
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "size"),
+    [("demo", "imagenet", 32), ("resnet18", "cifar", 32), ("resnet18", "imagenet", 64)],
+)
+def test_a_methods_encoder_comes_back_bit_for_bit(tmp_path, arch, stem, size):
+    torch.manual_seed(3)
+    theirs = simclr.model.build_encoder(arch, stem)
+    theirs(torch.rand(4, 3, size, size))  # running statistics of its own
+    given = Input(size, crop=0.9, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+    ours = load(save(tmp_path / "encoder.safetensors", theirs, arch, stem, given))
+    images = torch.rand(3, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(ours.network(images), theirs.eval()(images))
+    assert ours.network.num_features == theirs.num_features == ours.network(images).shape[1]
+    assert not ours.network.training and ours.name == "encoder"
+    assert tuple(ours.input.mean) == given.mean and ours.input.size == size
+    assert ours.about["method"] == "simclr" and ours.about["published"] == "row"
+    assert load(str(tmp_path)).about == ours.about  # by its folder
+
+
+def test_stems():
+    images = torch.rand(1, 3, 32, 32)
+    for stem, stride, side in (("cifar", 1, 32), ("imagenet", 2, 8)):
+        network = build_encoder("resnet18", stem)
+        assert network.conv1.stride == (stride, stride)
+        assert network.maxpool(network.conv1(images)).shape[-1] == side
+
+
+def test_input_of_cifar_is_not_cropped():
+    assert Input.of(32).crop == 1.0 and Input.of(224).crop == 0.875
+
+
+def test_baselines_of_a_run(tmp_path):
+    path = save(
+        tmp_path / "encoder.safetensors", build_seeded({"arch": "demo", "stem": "imagenet"})
+    )
+    random, pixels = load(path, "random"), load(path, "pixels")
+    images = torch.rand(2, 3, 32, 32)
+    assert random.name == "random" and pixels.name == "pixels"
+    assert torch.equal(pixels.network(images), images.flatten(1))
+    state = torch.random.get_rng_state()
+    again = build_seeded({"arch": "demo", "stem": "imagenet"})
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(random.network(images), again(images))
+    assert random.input == pixels.input == load(path).input
+
+
+def test_networks_by_name(monkeypatch):
+    encoder = load("", "random:resnet18")
+    assert encoder.input == Input(
+        224, interpolation="bilinear", mean=module.IMAGENET_MEAN, std=module.IMAGENET_STD
+    )
+    assert not encoder.network.training
+    with pytest.raises(UserError, match="no such torchvision ResNet"):
+        load("", "random:vgg16")
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", no_network)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    with pytest.raises(UserError, match=r"cannot be fetched \(no network\)"):
+        load("", "torchvision:resnet18")
+
+
+def test_what_is_no_encoder(tmp_path):
+    with pytest.raises(UserError, match="say which RUN"):
+        load("")
+    with pytest.raises(UserError, match=r"encoder\.safetensors: no such file; a run writes it"):
+        load(str(tmp_path))
+    path = tmp_path / "encoder.safetensors"
+    path.write_bytes(b"garbage")
+    with pytest.raises(UserError, match="not an exported encoder"):
+        load(str(path))
+    save_file({"x": torch.ones(1)}, path)
+    with pytest.raises(UserError, match="not an exported encoder"):
+        load(str(path))
+    save(path, build_seeded({"arch": "demo", "stem": "imagenet"}), arch="no_such_net")
+    with pytest.raises(UserError, match="not an exported encoder"):
+        load(str(path))
+    save(path, build_seeded({"arch": "demo", "stem": "imagenet"}))
+    with pytest.raises(UserError, match="--weights best: not one of random, pixels"):
+        load(str(path), "best")
+
+
+# ---- features ------------------------------------------------------------------------------------
+
+
+def test_prepare_is_the_central_crop_at_the_networks_size():
+    images = torch.zeros(2, 3, 16, 24, dtype=torch.uint8)
+    images[:, :, 1:15, 5:19] = 255  # 0.875 of the short side, in the middle
+    batch = Batch(*pad(list(images)), torch.arange(2))
+    shown = prepare(batch, Input(14), "cpu")
+    assert shown.shape == (2, 3, 14, 14) and shown.dtype == torch.float32
+    assert torch.equal(shown, torch.ones_like(shown))
+    whole = prepare(batch, Input(16, crop=1.0), "cpu")
+    assert torch.allclose(whole, images[:, :, :, 4:20] / 255, atol=1e-6)
+    moved = prepare(batch, Input(14, mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0)), "cpu")
+    assert torch.allclose(moved[0, :, 0, 0], torch.tensor([1.0, 0.75, 0.5]))
+
+
+class Channels(nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+def flat_images(count, bad=()):
+    values = [torch.full((3, 8, 8), i, dtype=torch.uint8) for i in range(count)]
+    encoded = [b"" if i in bad else value for i, value in enumerate(values)]
+    return Images("flat", encoded, torch.arange(count), tuple(map(str, range(count))))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_features_and_labels_are_in_the_order_of_the_images(batch_size):
+    network, given = Channels().eval(), Input(8, crop=1.0)
+    features, labels = extract(network, flat_images(40), given, batch_size=batch_size)
+    assert features.shape == (40, 3) and features.dtype == torch.float32
+    assert torch.allclose(features * 255, torch.arange(40.0)[:, None].expand(40, 3), atol=1e-4)
+    assert torch.equal(labels, torch.arange(40))
+
+
+@pytest.mark.parametrize("memory_gb", [1.0, 0.0])
+@pytest.mark.parametrize("batch_size", [5, 100])
+def test_bad_images_are_left_out(memory_gb, batch_size):
+    images = flat_images(60, bad=(4, 5, 30))
+    features, labels = extract(
+        Channels().eval(), images, Input(8, crop=1.0),
+        batch_size=batch_size, memory_gb=memory_gb, workers=0,
+    )  # fmt: skip
+    good = [i for i in range(60) if i not in (4, 5, 30)]
+    assert labels.tolist() == good
+    assert torch.allclose(features[:, 0] * 255, torch.tensor(good).float(), atol=1e-4)
+
+
+def test_a_network_in_training_mode_is_refused():
+    with pytest.raises(AssertionError):
+        extract(Channels().train(), flat_images(4), Input(8))

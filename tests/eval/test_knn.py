@@ -1,0 +1,124 @@
+"""Weighted kNN against a slow loop and against the official notebook's function."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from common.data import Images
+from eval.encoder import Input
+from eval.knn import Monitor, accuracy, predict, thin
+from tests.helpers import golden
+
+
+def slow_scores(queries, bank, labels, classes, k, temperature):
+    """The definition in Python floats: cosine, the k largest, exp(s / T) for their classes."""
+    rows = []
+    for query in queries.double().tolist():
+        similarities = []
+        for row in bank.double().tolist():
+            dot = sum(a * b for a, b in zip(query, row, strict=True))
+            similarities.append(dot / math.hypot(*query) / math.hypot(*row))
+        nearest = sorted(range(len(similarities)), key=lambda i: -similarities[i])[:k]
+        scores = [0.0] * classes
+        for i in nearest:
+            scores[labels[i]] += math.exp(similarities[i] / temperature)
+        rows.append(scores)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def some(seed, count, width):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).double()
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (7, 0.07), (20, 1.0), (500, 0.1)])
+def test_against_a_slow_loop(k, temperature):
+    queries, bank = some(1, 9, 6) * 3, some(2, 60, 6)
+    labels = torch.arange(60) % 5
+    settings = {"classes": 5, "k": k, "temperature": temperature}
+    ranking, scores = predict(queries, bank, labels, **settings)
+    expected = slow_scores(queries, bank, labels.tolist(), 5, min(k, 60), temperature)
+    assert torch.allclose(scores, expected, rtol=1e-12, atol=0)
+    assert torch.equal(ranking[:, 0], expected.argmax(1))
+    assert torch.equal(ranking.sort(1).values, torch.arange(5).expand(9, 5))
+    in_order = scores.gather(1, ranking)
+    assert (in_order[:, :-1] >= in_order[:, 1:]).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 9, 1000])
+def test_chunks_do_not_matter(chunk):
+    queries, bank, labels = some(1, 9, 6), some(2, 60, 6), torch.arange(60) % 5
+    settings = {"classes": 5, "k": 7, "temperature": 0.1}
+    ranking, scores = predict(queries, bank, labels, **settings, chunk=chunk)
+    expected_ranking, expected = predict(queries, bank, labels, **settings)
+    assert torch.allclose(scores, expected, rtol=1e-12, atol=0)
+    assert torch.equal(ranking, expected_ranking)
+
+
+def test_against_the_official_notebook():
+    recorded = golden("moco_colab")
+    cases = sorted({key.split("/")[1] for key in recorded if key.startswith("knn/")})
+    for case in cases:
+        given = {
+            name: torch.tensor(recorded[f"knn/{case}/{name}"])
+            for name in ("feature", "bank", "labels", "classes", "k", "t", "pred_labels")
+        }
+        ranking, scores = predict(
+            given["feature"],
+            given["bank"].T,
+            given["labels"],
+            classes=int(given["classes"]),
+            k=int(given["k"]),
+            temperature=float(given["t"]),
+        )
+        expected = torch.tensor(recorded[f"knn/{case}/scores_f64"])
+        assert torch.allclose(scores.double(), expected, rtol=1e-5, atol=0)
+        in_order = expected.gather(1, given["pred_labels"])
+        voted = in_order > 0  # the order of classes without a vote means nothing
+        assert voted[:, 0].all()
+        assert torch.equal(ranking[voted], given["pred_labels"][voted])
+    assert len(cases) >= 3, cases
+
+
+def test_accuracy():
+    ranking = torch.tensor([[2, 0, 1], [0, 1, 2], [1, 2, 0], [0, 2, 1]])
+    labels = torch.tensor([2, 1, 0, 0])
+    assert [accuracy(ranking, labels, top) for top in (1, 2, 3)] == [50.0, 75.0, 100.0]
+
+
+def coloured(count, classes=3):
+    """Images that their mean colour tells apart."""
+    labels = torch.arange(count) % classes
+    noise = torch.Generator().manual_seed(0)
+    pixels = torch.randint(60, (count, 3, 16, 16), generator=noise)
+    pixels[torch.arange(count), labels] += 150
+    return Images("coloured", pixels.byte(), labels, tuple("rgb"), store=pixels.byte())
+
+
+class Mean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images):
+        assert not self.training
+        return self.norm(images).mean((2, 3))
+
+
+def test_the_monitor_leaves_the_encoder_as_it_was(monkeypatch):
+    monkeypatch.setattr("eval.knn.open_train_test", lambda source: (coloured(90), coloured(30)))
+    monitor, encoder = Monitor("x", Input(16)), Mean().train()
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    assert monitor(encoder, "cpu") == 100.0
+    assert encoder.training
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+
+
+def test_thinning_keeps_images_and_labels_together():
+    whole = coloured(100)
+    part = thin(whole, 30)
+    assert len(part) == len(part.labels) == 25 and torch.equal(part.labels, whole.labels[::4])
+    for i in (0, 7, 24):
+        assert torch.equal(part.encoded[i], whole.encoded[4 * i])
+    assert thin(whole, 100) is whole

@@ -1,0 +1,253 @@
+"""The linear classifier: its steps, its solution, its protocols, and an encoder left alone."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import eval.linear
+from common import cli
+from common.data import Images
+from common.run import read_json
+from eval import linear
+from eval.encoder import Encoder, Input
+from eval.linear import BYOL, FEATURES, MOCO, PROTOCOLS, SIMCLR, SIMCLR_CIFAR, Probe, Settings
+from eval.results import Subject, fingerprint
+
+PLAIN = replace(FEATURES, rates=(0.5,), batch_size=256, init_std=0.0)
+
+
+def double(probe):
+    probe.weight, probe.velocity = probe.weight.double(), probe.velocity.double()
+    scale = probe.protocol.batch_size / 256
+    probe.rates = torch.tensor(probe.protocol.rates, dtype=torch.float64).view(-1, 1, 1) * scale
+    return probe
+
+
+def problem(count=300, width=4, classes=3, noise=2.0, seed=0):
+    """Overlapping clusters, so that the best classifier is finite."""
+    draw = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, width, generator=draw, dtype=torch.float64)
+    labels = torch.arange(count) % classes
+    noise = noise * torch.randn(count, width, generator=draw, dtype=torch.float64)
+    return centres[labels] + noise, labels
+
+
+def batches_of(x, y, protocol, seed=1):
+    return ((x[i], y[i]) for i in linear.orders(torch.arange(len(x)), protocol, seed))
+
+
+# ---- the classifier ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_step_is_torchs_sgd_for_each_rate(nesterov):
+    protocol = replace(PLAIN, rates=(0.5, 0.05), batch_size=512, nesterov=nesterov, init_std=0.01)
+    x, y = problem()
+    probe = double(Probe(4, 3, protocol))
+    assert probe.weight.shape == (2, 5, 3) and probe.rates.flatten().tolist() == [1.0, 0.1]
+    assert probe.weight[:, :-1].std() > 0 and not probe.weight[:, -1].any()
+    modules = []
+    for i in range(2):
+        module = nn.Linear(4, 3).double()
+        with torch.no_grad():
+            module.weight.copy_(probe.weight[i, :-1].T)
+            module.bias.copy_(probe.weight[i, -1])
+        modules.append(module)
+    optimizers = [
+        torch.optim.SGD(m.parameters(), lr=1.0, momentum=0.9, nesterov=nesterov) for m in modules
+    ]
+    for step in range(6):
+        part, decay = slice(40 * step, 40 * step + 40), 1 - 0.1 * step
+        probe.step(x[part], y[part], decay)
+        for rate, module, optimizer in zip((1.0, 0.1), modules, optimizers, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * decay
+            optimizer.zero_grad()
+            F.cross_entropy(module(x[part]), y[part]).backward()
+            optimizer.step()
+    for i, module in enumerate(modules):
+        assert torch.allclose(probe.weight[i, :-1].T, module.weight, rtol=0, atol=1e-12)
+        assert torch.allclose(probe.weight[i, -1], module.bias, rtol=0, atol=1e-12)
+        assert torch.allclose(probe.logits(x)[i], module(x), rtol=0, atol=1e-12)
+
+
+def best_logits(x, y, classes):
+    """The minimum of the mean cross entropy, in float64, by Newton's method with line search."""
+    inputs, target = F.pad(x, (0, 1), value=1.0), F.one_hot(y, classes).double()
+    weight = torch.zeros(inputs.shape[1] * classes, dtype=torch.float64)
+
+    def loss(flat):
+        return -(target * (inputs @ flat.view(-1, classes)).log_softmax(1)).sum(1).mean()
+
+    for _ in range(30):
+        gradient = torch.autograd.functional.jacobian(loss, weight)
+        curvature = torch.autograd.functional.hessian(loss, weight)
+        move, size = torch.linalg.pinv(curvature, hermitian=True) @ gradient, 1.0
+        while loss(weight - size * move) > loss(weight) and size > 1e-6:
+            size /= 2
+        weight = weight - size * move
+    assert torch.autograd.functional.jacobian(loss, weight).abs().max() < 1e-10
+    return inputs @ weight.view(-1, classes)
+
+
+def test_training_finds_the_one_best_classifier():
+    x, y = problem()
+    protocol = replace(PLAIN, batch_size=300, epochs=3000, rates=(0.2,))
+    probe = double(Probe(4, 3, protocol))
+    linear.train(probe, batches_of(x, y, protocol), 3000)
+    found, expected = probe.logits(x)[0].softmax(1), best_logits(x, y, 3).softmax(1)
+    assert (found - expected).abs().max() < 1e-6
+
+
+def test_separable_features_are_told_apart():
+    x, y = problem(noise=0.02)
+    protocol = replace(FEATURES, epochs=30, batch_size=64)
+    probe = double(Probe(4, 3, protocol))
+    linear.train(probe, batches_of(x, y, protocol), 300 // 64 * 30)
+    assert probe.logits(x).shape == (len(protocol.rates), 300, 3)
+    assert (probe.logits(x)[-1].argmax(1) == y).all()
+
+
+def test_rates_trained_together_are_rates_trained_alone():
+    x, y = problem()
+    protocol = replace(BYOL, epochs=3, batch_size=50)
+    together = double(Probe(4, 3, protocol))
+    linear.train(together, batches_of(x, y, protocol), 18)
+    for i, rate in enumerate(protocol.rates):
+        alone = double(Probe(4, 3, replace(protocol, rates=(rate,))))
+        linear.train(alone, batches_of(x, y, protocol), 18)
+        assert torch.allclose(together.weight[i], alone.weight[0], rtol=0, atol=1e-12)
+    chosen = together.logits(x)[3]
+    together.keep(3)
+    assert torch.equal(together.logits(x)[0], chosen)
+    assert together.rates.item() == pytest.approx(protocol.rates[3] * 50 / 256)
+
+
+# ---- protocols -----------------------------------------------------------------------------------
+
+
+def test_the_papers_protocols():
+    assert SIMCLR.rates == (0.1,) and SIMCLR.batch_size == 4096 and SIMCLR.epochs == 90
+    assert SIMCLR.nesterov and SIMCLR_CIFAR.batch_size == 512 and SIMCLR_CIFAR.epochs == 100
+    assert MOCO.rates == (30.0,) and MOCO.batch_size == 256 and MOCO.epochs == 100
+    assert not MOCO.nesterov
+    assert BYOL.rates == (0.4, 0.3, 0.2, 0.1, 0.05) and BYOL.epochs == 80 and BYOL.nesterov
+    assert [PROTOCOLS[name].augment for name in ("simclr", "moco", "byol")] == [True] * 3
+    assert not FEATURES.augment
+    assert [MOCO.decay_at(step, 100) for step in (0, 59, 60, 79, 80, 99)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
+    assert [SIMCLR.decay_at(step, 8) for step in (0, 2, 4, 8)] == pytest.approx(
+        [1, 0.5 + 0.5**1.5, 0.5, 0]
+    )
+    assert Probe(2, 2, SIMCLR).rates.item() == pytest.approx(0.1 * 4096 / 256)
+
+
+def test_the_rate_is_chosen_on_images_that_are_not_trained_on():
+    kept, held_out = linear.hold_out(205, BYOL, seed=1)
+    assert len(held_out) == 20
+    assert torch.equal(torch.cat([kept, held_out]).sort().values, torch.arange(205))
+    used = torch.cat(list(linear.orders(kept, replace(BYOL, batch_size=37, epochs=4), 1)))
+    assert not torch.isin(used, held_out).any()
+    kept, held_out = linear.hold_out(205, SIMCLR, seed=1)
+    assert len(kept) == 205 and len(held_out) == 0  # one rate: nothing to choose
+
+
+def test_every_epoch_is_a_permutation_cut_at_the_last_whole_batch():
+    kept = torch.arange(100, 131)
+    steps = list(linear.orders(kept, replace(SIMCLR, batch_size=8, epochs=2), 1))
+    assert len(steps) == 6 and all(len(step) == 8 for step in steps)
+    for epoch in (steps[:3], steps[3:]):
+        seen = torch.cat(epoch)
+        assert len(seen.unique()) == 24 and torch.isin(seen, kept).all()
+
+
+# ---- a whole judgement ---------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    num_features = 3
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images):
+        return self.norm(images).mean((2, 3))
+
+
+def coloured(count):
+    labels = torch.arange(count) % 3
+    pixels = torch.randint(60, (count, 3, 12, 12), generator=torch.Generator().manual_seed(count))
+    pixels[torch.arange(count), labels] += 150
+    return Images("coloured", pixels.byte(), labels, ("r", "g", "b"), store=pixels.byte())
+
+
+def subject_of(network, tmp_path, method="simclr"):
+    config = {"data": "x", "batch_size": 8, "seed": 1}
+    encoder = Encoder(network, Input(12, crop=1.0), "encoder", {"method": method})
+    return Subject(encoder, "x", {}, tmp_path, config, "cpu", (coloured(120), coloured(30)))
+
+
+@pytest.mark.parametrize("protocol", ["simclr", "moco", "byol", "features"])
+def test_every_protocol_reaches_what_can_be_reached(tmp_path, protocol):
+    subject = subject_of(Network().eval(), tmp_path)
+    before = fingerprint(subject.encoder.network)
+    linear.judge(subject, Settings(protocol=protocol, epochs=10, batch_size=16))
+    assert fingerprint(subject.encoder.network) == before
+    row = read_json(tmp_path / f"linear-{protocol}-encoder.json")
+    assert row["top1"] == 100.0 and row["protocol"] == f"linear-{protocol}"
+    assert row["probe_epochs"] == 10 and row["probe_batch_size"] == 16
+    rates = [rate * 16 / 256 for rate in PROTOCOLS[protocol].rates]
+    assert min(abs(row["lr"] - rate) for rate in rates) < 1e-6
+
+
+@pytest.mark.parametrize(("method", "name"), [("moco", "moco"), ("byol", "byol")])
+def test_the_protocol_is_the_methods_unless_said(tmp_path, method, name):
+    subject = subject_of(Network().eval(), tmp_path, method)
+    assert linear.protocol_of(subject, Settings()) == PROTOCOLS[name]
+    assert linear.protocol_of(subject, Settings(protocol="features")) == FEATURES
+    subject = subject_of(Network().eval(), tmp_path, "simclr")
+    subject.encoder.input = Input(32)
+    assert linear.protocol_of(subject, Settings()) == SIMCLR_CIFAR
+    subject.encoder.input = Input(224)
+    assert linear.protocol_of(subject, Settings()) == SIMCLR
+    subject.encoder.name = "pixels"
+    assert linear.protocol_of(subject, Settings()) == FEATURES
+
+
+def test_the_same_seed_gives_the_same_answer(tmp_path):
+    found = []
+    for seed in (1, 1, 2):
+        subject = subject_of(Network().eval(), tmp_path)
+        protocol = replace(SIMCLR, epochs=1, batch_size=16)
+        torch.manual_seed(len(found))
+        probes = []
+
+        class Kept(Probe):
+            def __init__(self, *args, kept=probes):
+                super().__init__(*args)
+                kept.append(self)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear, "Probe", Kept)
+            linear.run_probe(subject, protocol, seed)
+        found.append(probes[0].weight)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_an_encoder_in_training_mode_is_caught(tmp_path):
+    network = Network().train()  # its running statistics move
+    with pytest.raises(RuntimeError, match="the encoder changed"):
+        linear.judge(subject_of(network, tmp_path), Settings(epochs=1, batch_size=16))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_protocol_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prog", "run", "--protocol", "best"])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(eval.linear.main)
+    assert caught.value.code == 2 and "byol" in capsys.readouterr().err

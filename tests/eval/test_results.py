@@ -1,0 +1,139 @@
+"""What is judged and what is kept of it; the commands on a small run."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+
+import eval.knn
+from common import cli
+from common.run import Run, read_json
+from eval.encoder import Input, build_seeded, metadata
+from eval.results import confidence, fingerprint, subjects
+from simclr.config import RECIPES
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with an exported encoder, on 30 labelled images and 12 to test."""
+    from dataclasses import replace
+
+    folder = tmp_path_factory.mktemp("judged")
+    for split, count in (("train", 30), ("test", 12)):
+        for i in range(count):
+            path = folder / "source" / split / "abc"[i % 3] / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            colour = [10 + i] * 3
+            colour[i % 3] = 200
+            Image.new("RGB", (16, 16), tuple(colour)).save(path)
+    cfg = replace(
+        RECIPES["demo"], data=str(folder / "source"), out=str(folder / "run"), batch_size=6, seed=9
+    )
+    made = Run(cfg, "simclr", "demo", Accelerator(cpu=True), 30, 5)
+    about = metadata("demo", "imagenet", Input.of(16), "some-row")
+    made.export(5, build_seeded({"arch": "demo", "stem": "imagenet"}), nn.Sequential(nn.Linear(2, 2)), **about)
+    return folder / "run"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def call(main, *argv):
+        monkeypatch.setattr(sys, "argv", ["prog", *map(str, argv)])
+        cli.run(main)
+        return capsys.readouterr().out
+
+    return call
+
+
+def results(run):
+    return {path.name: read_json(path) for path in (run / "results").iterdir()}
+
+
+def test_knn_of_a_run_and_its_baselines(run, command):
+    shown = command(eval.knn.main, run, "--k", "5", "1000", "--baselines", "random", "pixels")
+    found = results(run)
+    names = {f"knn{k}-{name}.json" for k in (5, 1000) for name in ("encoder", "random", "pixels")}
+    assert found.keys() == names
+    assert len(shown.splitlines()) == 6 and shown.count("Top-1") == 6
+    row = found["knn5-encoder.json"]
+    assert row["protocol"] == "knn5" and row["subject"] == "encoder" and row["k"] == 5
+    assert row["top1"] == 100.0 and found["knn5-pixels.json"]["top1"] == 100.0
+    assert row["train_images"] == 30 and row["test_images"] == 12
+    assert row["method"] == "simclr" and row["recipe"] == "demo" and row["seed"] == 9
+    assert row["epochs"] == 1.0 and row["arch"] == "demo" and row["batch_size"] == 6
+    assert row["published"] == "some-row" and row["pretrained_at"] and row["seconds"] > 0
+    assert {"command", "commit", "device", "versions", "started"} <= row["judged"].keys()
+    assert "top5" not in row  # three classes
+    assert row["interval"] == pytest.approx(confidence(100.0, 12))
+    # the random twin has the very weights that were exported here
+    assert found["knn5-random.json"]["top1"] == row["top1"]
+
+
+def test_other_data_is_said_in_the_name(run, command):
+    before = results(run).keys()
+    command(eval.knn.main, run, "--k", "3", "--data", run.parent / "source" / "train")
+    (new,) = results(run).keys() - before
+    assert new.startswith("knn3-encoder-on-") and "source-train" in new
+    assert results(run)[new]["data"].endswith("source/train")
+    assert results(run)[new]["test_images"] == 6  # a fifth of 30, held out
+
+
+def test_a_file_without_its_run_needs_data(run, command, tmp_path):
+    path = tmp_path / "alone.safetensors"
+    path.write_bytes((run / "encoder.safetensors").read_bytes())
+    shown = command(eval.knn.main, path, "--k", "3", "--data", run.parent / "source")
+    assert "Top-1 100.0" in shown and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(cli.UserError, match="--data SOURCE"):
+        next(subjects(str(path), "", (), ""))
+
+
+def test_subjects_share_their_images(run):
+    first, second = (
+        (subject, subject.splits()) for subject in subjects(str(run), "", ("random",), "")
+    )
+    assert first[1] is second[1]
+    assert [subject.encoder.name for subject, _ in (first, second)] == ["encoder", "random"]
+
+
+def test_a_damaged_config_is_one_line(run, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": {}})[:-3])
+    with pytest.raises(cli.UserError, match=r"config\.json: cannot be read"):
+        next(subjects(str(tmp_path), "", (), ""))
+
+
+@pytest.mark.parametrize(("percent", "count"), [(0, 12), (50, 100), (91.3, 10_000), (100, 7)])
+def test_the_interval_is_wilsons(percent, count):
+    """Its ends are where a share p, with deviation sqrt(p (1 - p) / n), is 1.96 deviations off."""
+    measured, z, ends = percent / 100, 1.959964, []
+    for low, high in ((0.0, measured), (measured, 1.0)):
+        inside, outside = (high, low) if high == measured else (low, high)
+        for _ in range(200):
+            middle = (inside + outside) / 2
+            far = (measured - middle) ** 2 > z * z * middle * (1 - middle) / count
+            inside, outside = (inside, middle) if far else (middle, outside)
+        ends.append(inside)
+    assert confidence(percent, count) == pytest.approx(50 * (ends[1] - ends[0]), rel=1e-6)
+
+
+def test_the_interval_narrows_with_the_root_of_the_count():
+    assert confidence(80, 40_000) == pytest.approx(confidence(80, 10_000) / 2, rel=1e-3)
+    assert confidence(50, 10_000) == pytest.approx(100 * 1.96 * math.sqrt(0.25 / 10_000), rel=1e-3)
+
+
+def test_a_fingerprint_sees_every_bit():
+    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval()
+    before = fingerprint(network)
+    network(torch.rand(2, 3, 4, 4))
+    assert fingerprint(network) == before
+    with torch.no_grad():
+        weight = network[0].weight
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
+    after = fingerprint(network)
+    assert after != before
+    network.train()(torch.rand(2, 3, 4, 4))  # running statistics move
+    assert fingerprint(network) != after

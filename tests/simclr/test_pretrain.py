@@ -1,0 +1,269 @@
+"""A whole run through the real command: killed and started again, on two processes, and looked at
+in TensorBoard."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import simclr.pretrain
+from common import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+COUNT, BATCH, EPOCHS = 96, 16, 3
+STEPS = COUNT * EPOCHS // BATCH + 1  # the + 1 is SimCLR's
+KILLED_AT = 10  # in mid-epoch, after the checkpoint of 9 steps and a logged step
+SCALARS = {
+    "loss", "lr", "contrastive_top1", "chance_loss", "feature_std", "effective_rank", "alignment",
+    "uniformity", "knn", "timing/pairs_per_second", "timing/data_wait", "timing/peak_memory_gb",
+}  # fmt: skip
+
+DEADLY = f"""
+import os, signal
+import common.cli, common.run, simclr.pretrain
+log = common.run.Run.log
+def deadly(run, step, **values):
+    log(run, step, **values)
+    if step == {KILLED_AT}:
+        os.kill(os.getpid(), signal.SIGKILL)
+common.run.Run.log = deadly
+common.cli.run(simclr.pretrain.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Noise of three colours, in class folders."""
+    folder, draw = tmp_path_factory.mktemp("source"), np.random.default_rng(0)
+    for split, count in (("train", COUNT), ("test", 15)):
+        for i in range(count):
+            path = folder / split / "rgb"[i % 3] / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = draw.integers(0, 180, (20, 20, 3))
+            pixels[..., i % 3] += 70
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return folder
+
+
+def flags(source, out, *more):
+    settings = {
+        "data": source, "out": out, "arch": "demo", "image_size": 16, "batch_size": BATCH,
+        "epochs": EPOCHS, "warmup_epochs": 1, "base_lr": 1.0, "log_every": 1, "save_every": 0.5,
+        "knn_every": 1, "workers": 0,
+    }  # fmt: skip
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items()]
+    return ["demo", *(word for pair in pairs for word in pair), *map(str, more)]
+
+
+def start(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finished(process, status=0):
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == status, said
+    return said
+
+
+def here(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        cli.run(simclr.pretrain.main)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def runs(source, tmp_path_factory):
+    """The folder of an uninterrupted run, and that of one killed and started again."""
+    folder = tmp_path_factory.mktemp("runs")
+    whole, killed = folder / "whole", folder / "killed"
+    one = start("-m", "simclr.pretrain", *flags(source, whole))
+    two = start("-c", DEADLY, *flags(source, killed))
+    finished(one)
+    finished(two, -signal.SIGKILL)
+    assert [path.name for path in sorted((killed / "checkpoints").glob("*.pt"))] == [
+        "step-00000006.pt",
+        "step-00000009.pt",
+    ]
+    assert rows(killed)[-1]["step"] == KILLED_AT - 1  # one more than the checkpoint holds
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "lo')
+    said = finished(start("-m", "simclr.pretrain", *flags(source, killed)))
+    assert f"going on from step 9 of {STEPS}" in said
+    return whole, killed
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def exported(run):
+    with safe_open(run / "encoder.safetensors", framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def test_killed_and_started_again_is_the_uninterrupted_run_bit_for_bit(runs):
+    whole, killed = runs
+    metrics = (whole / "metrics.jsonl").read_bytes()
+    assert metrics == (killed / "metrics.jsonl").read_bytes()
+    tensors, about = exported(whole)
+    assert len(tensors) > 20 and same(tensors, exported(killed)[0])
+    assert about == exported(killed)[1]
+    names = [path.name for path in sorted((whole / "checkpoints").iterdir())]
+    assert names == [path.name for path in sorted((killed / "checkpoints").iterdir())]
+    assert names == ["step-00000018.pt", "step-00000019.pt"]
+    for name in names:
+        one, other = (torch.load(run / "checkpoints" / name) for run in runs)
+        assert {"step", "model", "optimizer"} <= one.keys() and same(one, other)
+
+
+def test_what_a_run_records(runs):
+    whole, killed = runs
+    lines = rows(whole)
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    always = {name for name in SCALARS if "/" not in name} - {"knn"}
+    assert all(always <= line.keys() for line in lines)
+    assert [line["step"] for line in lines if "knn" in line] == [5, 11, 17, 18]
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert lines[0]["lr"] == 0.0 and lines[6]["lr"] == pytest.approx(1.0 * BATCH / 256)
+    assert lines[0]["chance_loss"] == pytest.approx(2 * np.log(2 * BATCH - 1))
+    assert len(json.loads((killed / "config.json").read_text())["launches"]) == 2
+    about = {key: json.loads(value) for key, value in exported(whole)[1].items()}
+    assert about["method"] == "simclr" and about["finished"] is True
+    assert about["epochs"] == round(STEPS * BATCH / COUNT, 3) and about["arch"] == "demo"
+
+
+def test_a_finished_run_started_again_stays_as_it_is(runs, source, monkeypatch):
+    whole, _ = runs
+    files = ["metrics.jsonl", "encoder.safetensors", "checkpoints/step-00000019.pt"]
+    before = [(whole / name).read_bytes() for name in files]
+    here(monkeypatch, *flags(source, whole))
+    assert [(whole / name).read_bytes() for name in files] == before
+
+
+def test_a_run_of_another_config_is_refused(runs, source, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        here(monkeypatch, *flags(source, runs[0], "--temperature", "0.3", "--seed", "5"))
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 1
+    assert "seed 1 (now 5)" in said and "temperature" in said and "(now 0.3)" in said
+
+
+def test_decoding_workers_and_memory_give_the_same_run(runs, source, tmp_path, monkeypatch):
+    here(monkeypatch, *flags(source, tmp_path / "run", "--workers", "2", "--memory-gb", "0"))
+    assert rows(tmp_path / "run") == rows(runs[0])
+
+
+def test_a_real_command_fails_in_one_line(tmp_path):
+    said = finished(start("-m", "simclr.pretrain", "demo", "--data", str(tmp_path / "none")), 2)
+    assert (
+        said == f"error: {tmp_path / 'none'}: no such folder or file (nor a Hub id of the form "
+        "owner/name)\n"
+    )
+
+
+def test_tensorboard_shows_a_resumed_run(runs):
+    port = free_port()
+    server = start(
+        "-m", "tensorboard.main", "--logdir", str(runs[1]), "--port", str(port),
+        "--host", "127.0.0.1",
+    )  # fmt: skip
+
+    def ask(path):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/plugin/{path}", timeout=10) as r:
+            return json.loads(r.read())
+
+    try:
+        deadline, tags = time.monotonic() + 90, {}
+        while not tags and time.monotonic() < deadline:
+            assert server.poll() is None, server.stderr.read()
+            try:
+                tags = ask("scalars/tags")
+            except OSError:
+                time.sleep(0.5)
+        assert tags.keys() == {"."}
+        deadline = time.monotonic() + 30
+        while not tags["."].keys() >= SCALARS and time.monotonic() < deadline:
+            time.sleep(0.5)  # it reads while it serves
+            tags = ask("scalars/tags")
+        assert tags["."].keys() >= SCALARS
+        assert "views" in ask("images/tags")["."]
+        points = ask("scalars/scalars?run=.&tag=loss")  # [wall time, step, value]
+        assert [step for _, step, _ in points] == list(range(STEPS))
+        shown = [value for _, _, value in points]
+        assert shown == pytest.approx([row["loss"] for row in rows(runs[1])], rel=1e-6)
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+
+
+def on_two_processes(source, out, *more):
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--main_process_port", str(free_port()), "-m", "simclr.pretrain"]
+    return start(*launcher, *flags(source, out, "--processes", "2", *more))
+
+
+def worst(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+    return [max(abs(a[key] - b[key]) for key in a) for a, b in zip(one, other, strict=True)]
+
+
+def test_two_processes_are_one_in_double_precision(source, tmp_path, monkeypatch):
+    double = ("--precision", "fp64", "--knn-every", "0")
+    here(monkeypatch, *flags(source, tmp_path / "one", *double))
+    finished(on_two_processes(source, tmp_path / "two", *double))
+    launched = json.loads((tmp_path / "two" / "config.json").read_text())["launches"]
+    assert [launch["processes"] for launch in launched] == [2]
+    one, other = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == STEPS and one[-1]["loss"] < one[0]["loss"]
+    assert max(worst(one, other)) < 1e-10
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_in_single_precision(source, tmp_path, runs):
+    finished(on_two_processes(source, tmp_path / "two"))
+    one, other = rows(runs[0]), rows(tmp_path / "two")
+    assert abs(one[0]["loss"] - other[0]["loss"]) < 1e-5 * one[0]["loss"]
+    assert len(other) == STEPS
+
+
+@pytest.mark.slow
+def test_a_mistake_on_two_processes_is_said_once(source, tmp_path):
+    said = finished(on_two_processes(source, tmp_path / "two", "--batch-size", "15"), 1)
+    assert said.count("error: --batch-size 15: not divisible by 2 processes") == 1
