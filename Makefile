@@ -23,7 +23,7 @@ slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy common eval simclr/config.py simclr/augment.py simclr/loss.py simclr/optim.py
+	$(BIN)/mypy common eval $(foreach m,simclr moco byol,$m/config.py $m/augment.py $m/loss.py $m/optim.py)
 
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/throughput.py

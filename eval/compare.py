@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median, stdev
 from typing import Annotated, Any
 
 import tyro
@@ -60,19 +61,15 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 
 def cost(run: Path) -> dict[str, Any]:
-    """Steps, median pairs/s, seconds of training and device of a run."""
+    """What a run took: its steps, the median pairs/s, and their time at that rate."""
     config = read_json(run / "config.json")
     path = run / "timings.jsonl"
     timings = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rates = sorted(row["pairs_per_second"] for row in timings)
-    seconds, done = 0.0, 0
-    for row in timings:
-        images = (row["step"] + 1 - done) * config["config"]["batch_size"]
-        seconds, done = seconds + images / row["pairs_per_second"], row["step"] + 1
+    rate = median([row["pairs_per_second"] for row in timings]) if timings else None
     return {
         "steps": config["steps"],
-        "pairs_per_second": rates[len(rates) // 2] if rates else None,
-        "seconds": seconds,
+        "pairs_per_second": rate,
+        "seconds": config["steps"] * config["config"]["batch_size"] / rate if rate else None,
         "peak_memory_gb": max((row["peak_memory_gb"] for row in timings), default=None),
         "launches": config["launches"],
         "config": config["config"],
@@ -85,7 +82,7 @@ def title(row: dict[str, Any]) -> str:
         return "supervised twin"
     if row["subject"] == "encoder":
         method = METHODS.get(row["method"], row["method"])
-        return f"{method} {row['recipe']}, {row['epochs']:.4g} epochs"
+        return f"{method} {row['recipe']}, {row['epochs']:.3g} epochs"
     return SUBJECTS.get(row["subject"], row["subject"])
 
 
@@ -137,9 +134,16 @@ def order(row: dict[str, Any]) -> tuple:
     return ranks.get(title(row), 2), title(row)
 
 
+def place(protocol: str) -> tuple:
+    """A sorting key: kNN by k, then linear, then fine-tuned."""
+    kinds = ("knn", "linear", "finetune")
+    kind = next((i for i, kind in enumerate(kinds) if protocol.startswith(kind)), len(kinds))
+    return kind, len(protocol), protocol
+
+
 def overview(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Subjects down, protocols across: Top-1 in percent with its 95 % interval."""
-    protocols = sorted({row["protocol"] for row in rows}, key=lambda p: (p[:3] != "knn", len(p), p))
+    protocols = sorted({row["protocol"] for row in rows}, key=place)
     names = list(dict.fromkeys(title(row) for row in sorted(rows, key=order)))
     table = [["Top-1 (%)", *map(protocol_title, protocols)]]
     for name in names:
@@ -187,34 +191,39 @@ def as_markdown(table: Sequence[Sequence[str]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of every subject under every protocol, published figures as marks."""
+    """Bars of every subject under every protocol; lines for the ceiling and published figures."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    protocols = sorted({row["protocol"] for row in rows}, key=lambda p: (p[:3] != "knn", len(p), p))
+    ceiling = [row for row in rows if title(row) == "supervised twin"]
+    rows = [row for row in rows if row not in ceiling] or ceiling
+    protocols = sorted({row["protocol"] for row in rows}, key=place)
     names = list(dict.fromkeys(title(row) for row in sorted(rows, key=order)))
-    figure, axis = plt.subplots(figsize=(1.6 + 2.0 * len(protocols), 4.2), layout="constrained")
-    width = 0.8 / len(names)
-    greys = {"raw pixels": "#c9c9c9", "random encoder": "#9a9a9a", "supervised twin": "#444444"}
+    width = 0.84 / len(names)
+    size = (max(5.0, 1.5 + 0.55 * len(names) * len(protocols)), 4.4)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    greys = {"raw pixels": "#d0d0d0", "random encoder": "#a0a0a0"}
     for i, name in enumerate(names):
         mine = [row for row in rows if title(row) == name]
-        places = [protocols.index(row["protocol"]) + (i + 0.5) * width - 0.4 for row in mine]
-        heights = [row["top1"] for row in mine]
-        spread = [row["interval"] for row in mine]
-        bars = axis.bar(places, heights, width * 0.92, yerr=spread, label=name, capsize=2)
-        for bar, height in zip(bars, heights, strict=True):
-            bar.set_color(greys.get(name, f"C{i % 10}"))
-            axis.text(bar.get_x() + bar.get_width() / 2, 1.5, f"{height:.1f}", ha="center", size=8)
-        for place, row in zip(places, mine, strict=True):
+        places = [protocols.index(row["protocol"]) + (i + 0.5) * width - 0.42 for row in mine]
+        heights, spread = [row["top1"] for row in mine], [row["interval"] for row in mine]
+        colour = greys.get(name, f"C{i % 10}")
+        axis.bar(places, heights, width * 0.92, yerr=spread, label=name, color=colour, capsize=2)
+        for x, row in zip(places, mine, strict=True):
+            top = row["top1"] + row["interval"] + 1
+            axis.text(x, top, f"{row['top1']:.1f}", ha="center", size=8)
             if known := published_for(row):
-                ends = place - width / 2, place + width / 2
+                ends = x - width / 2, x + width / 2
                 axis.hlines(known.top1, *ends, colors="black", linestyles="dashed")
+                axis.text(x, known.top1 + 1, f"published {known.top1:.1f}", ha="center", size=7)
+    for row in ceiling:
+        axis.axhline(row["top1"], color="#444444", linewidth=1, label="supervised twin")
     axis.set_xticks(range(len(protocols)), list(map(protocol_title, protocols)))
-    axis.set(ylabel="Top-1 (%)", ylim=(0, 100), title=f"on {data_title(rows[0]['data'])}")
+    axis.set(ylabel="Top-1 (%)", ylim=(0, 104), title=f"on {data_title(rows[0]['data'])}")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, ncols=2, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.08))
+    figure.legend(frameon=False, ncols=2, fontsize=8, loc="outside lower center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -244,47 +253,62 @@ def public(value: Any) -> Any:
     return value
 
 
+def over_seeds(rows: Sequence[dict[str, Any]]) -> str:
+    """One measurement with its 95 % interval; of several seeds the mean, deviation and each."""
+    if len(rows) == 1:
+        return measured(rows[0])
+    values = [row["top1"] for row in rows]
+    each = ", ".join(f"{value:.1f}" for value in values)
+    return f"{mean(values):.1f}, sd {stdev(values):.1f} over {len(rows)} seeds ({each})"
+
+
 def results_page(rows: Sequence[dict[str, Any]]) -> str:
     """RESULTS.md: every measured row, grouped by data set, with what it took."""
     parts = [
         "# Results\n",
         "Generated by `python -m eval.compare --results results` from the records in `results/`; "
         "never typed.\n",
-        "Top-1 in percent at the last epoch, with the 95 % Wilson interval over the test images. "
-        "A published figure stands only beside the same protocol on the same data set.\n",
+        "Top-1 in percent at the last epoch: one run with the 95 % Wilson interval over the test "
+        "images, or the mean and standard deviation over seeds. A published figure stands only "
+        "beside the same protocol on the same data set. Time is that of all pretraining steps at "
+        "the median rate.\n",
     ]
     for data in sorted({data_title(row["data"]) for row in rows}):
         mine = [row for row in rows if data_title(row["data"]) == data]
-        head = ["subject", "seed", "network", "protocol", "Top-1", "published"]
-        head += ["setting differs in", "pretraining", "device", "commit"]
-        table = [head]
-        for row in sorted(mine, key=lambda r: (r["protocol"], order(r), r["seed"])):
-            known = published_for(row)
-            trained = row["subject"] == "encoder"
-            launch = row["run"]["launches"][-1]
+        head = ["subject", "network", "protocol", "Top-1", "published", "setting differs in"]
+        table = [[*head, "pretraining", "device", "commit"]]
+        ranked = sorted(mine, key=lambda row: (place(row["protocol"]), order(row), row["seed"]))
+        for key in dict.fromkeys(map(alike, ranked)):
+            group = [row for row in ranked if alike(row) == key]
+            row = group[0]
+            known, trained = published_for(row), row["subject"] == "encoder"
+            runs = [r["run"] for r in group]
+            seconds = mean([run["seconds"] for run in runs])
+            rate = mean([run["pairs_per_second"] for run in runs])
+            network = f"{NETWORKS.get(row['arch'], row['arch'])}, {row['stem']} stem"
             table.append(
                 [
                     title(row),
-                    str(row["seed"]),
-                    NETWORKS.get(row["arch"], row["arch"]) + f", {row['stem']} stem"
-                    if row["subject"] != "pixels"
-                    else "none",
+                    "none" if row["subject"] == "pixels" else network,
                     protocol_title(row["protocol"]),
-                    measured(row),
+                    over_seeds(group),
                     f"{known.top1:.1f} ({known.source})" if known else "",
                     deviations(row, known) if known else "",
-                    f"{row['run']['seconds'] / 60:.1f} min, "
-                    f"{row['run']['pairs_per_second']:,.0f} pairs/s"
-                    if trained
-                    else "",
-                    launch["device"] if trained else row["judged"]["device"],
-                    row["pretrained_at"],
+                    f"{seconds / 60:.1f} min, {rate:,.0f} pairs/s" if trained else "",
+                    row["judged"]["device"] if not trained else runs[0]["launches"][0]["device"],
+                    ", ".join(dict.fromkeys(r["pretrained_at"] for r in group)),
                 ]
             )
-        commands = {row["run"]["launches"][0]["command"] for row in mine}
+        commands = dict.fromkeys(r["run"]["launches"][0]["command"] for r in ranked)
         parts += [f"## {data}\n", as_markdown(table)]
-        parts += ["Commands:\n", "```", *sorted(commands), "```", ""]
+        parts += ["```", *commands, "```", ""]
     return "\n".join(parts)
+
+
+def alike(row: dict[str, Any]) -> tuple:
+    """What rows must share to be seeds of one another."""
+    keys = ("protocol", "arch", "stem", "batch_size", "data")
+    return title(row), *(row[key] for key in keys)
 
 
 # ---- the command ---------------------------------------------------------------------------------

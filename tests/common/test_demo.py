@@ -33,7 +33,7 @@ def knn(network: torch.nn.Module) -> float:
 
 def linear(network: torch.nn.Module) -> float:
     subject = Subject(Encoder(network.eval(), GIVEN, "encoder"), "demo", {}, None, {}, "cpu")
-    ranking, truth, _ = run_probe(subject, FEATURES, seed=1)
+    ranking, truth, _ = run_probe(subject, replace(FEATURES, epochs=20), seed=1)
     return accuracy(ranking, truth)
 
 

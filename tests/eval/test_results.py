@@ -36,7 +36,12 @@ def run(tmp_path_factory):
     )
     made = Run(cfg, "simclr", "demo", Accelerator(cpu=True), 30, 5)
     about = metadata("demo", "imagenet", Input.of(16), "some-row")
-    made.export(5, build_seeded({"arch": "demo", "stem": "imagenet"}), nn.Sequential(nn.Linear(2, 2)), **about)
+    made.export(
+        5,
+        build_seeded({"arch": "demo", "stem": "imagenet"}),
+        nn.Sequential(nn.Linear(2, 2)),
+        **about,
+    )
     return folder / "run"
 
 

@@ -1,0 +1,252 @@
+"""BYOL's networks: online and target, the target's moving average, BatchNorm over all processes.
+
+Sec. 3.1 and 3.3 of arXiv 2006.07733 v3; GroupNorm and weight standardisation: arXiv 2010.10241.
+Symbols: B images per process, F features of y = f(x), D dimension of z = g(y) and p = q(z).
+"""
+
+import copy
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from .config import Config
+
+
+class Online(nn.Module):
+    """f, g and q with weights theta, trained by gradients; y = f(x) is the representation."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.encoder = build_encoder(cfg.arch, cfg.stem)
+        self.projector = mlp(self.encoder.num_features, cfg.hidden_dim, cfg.dim)
+        self.predictor = mlp(cfg.dim, cfg.hidden_dim, cfg.dim)
+        if cfg.norm == "gn+ws":
+            group_norm_weight_standardised(self)
+        init_weights(self)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) twice to predictions p1, p2, (B, D) each, not normalised.
+
+        View 1 goes through, then view 2, so that BatchNorm sees the B images of one view (CODE
+        byol_experiment.py:183-185). The two concatenated would give other statistics and other
+        gradients.
+        """
+        p1, p2 = (self.predictor(self.projector(self.encoder(view))) for view in (view1, view2))
+        return p1, p2
+
+
+class Target(nn.Module):
+    """f and g with weights xi, a moving average of the online ones: see `ema_`.
+
+    PAPER/CODE: it starts as a copy of the online network, as in App. J; the code draws other
+    weights (byol_experiment.py:368-385) and says that it makes no difference. It stays in training
+    mode: its BatchNorm uses the batch's statistics and keeps running ones of its own, which are
+    neither averaged nor copied (byol_experiment.py:232-236, 346-351).
+    """
+
+    def __init__(self, online: Online) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(online.encoder)
+        self.projector = copy.deepcopy(online.projector)
+        self.requires_grad_(False)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) twice to projections z1, z2, (B, D) each, not normalised."""
+        z1, z2 = (self.projector(self.encoder(view)) for view in (view1, view2))
+        return z1, z2
+
+
+@torch.no_grad()
+def ema_(target: Target, online: Online, tau: float) -> None:
+    """xi <- tau xi + (1 - tau) theta (Eq. 1), for parameters alone, in one fused call.
+
+    After the optimiser's step, with the new theta (CODE byol_experiment.py:333-343).
+    """
+    theta = [*online.encoder.parameters(), *online.projector.parameters()]
+    torch._foreach_lerp_(list(target.parameters()), theta, 1 - tau)
+
+
+def build_encoder(arch: str, stem: str) -> nn.Module:
+    """A network from (B, 3, H, W) images to (B, num_features) features, torchvision's key names.
+
+    Twin: eval/encoder.py. ResNet-18 is torchvision's, without the extra shortcut of the official
+    TensorFlow code. The `cifar` stem is a 3x3 convolution of stride 1 and no max-pooling.
+    """
+    if arch == "demo":
+        return DemoEncoder()
+    encoder = getattr(torchvision.models, arch)(weights=None)
+    encoder.num_features = encoder.fc.in_features
+    encoder.fc = nn.Identity()
+    if stem == "cifar":
+        encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        encoder.maxpool = nn.Identity()
+    return encoder
+
+
+class DemoEncoder(nn.Module):
+    """Four 3x3 convolutions with BatchNorm and ReLU, then the mean over positions.
+
+    241,184 parameters, for the demo's 32 px images on a few cores.
+
+    Twin: eval/encoder.py. The first layer strides already: at full resolution it would cost more
+    than the others together.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, width, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1)):
+            layers += [nn.Conv2d(before, width, 3, stride, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.num_features = 128
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+def mlp(features: int, hidden: int, dim: int) -> nn.Sequential:
+    """g and q: Linear-BN-ReLU, then Linear to D without BatchNorm (Sec. 3.3).
+
+    PAPER/CODE: the last layer has no bias in the code (networks.py:40-45); in the paper's App. J it
+    has one. We follow the code.
+    """
+    return nn.Sequential(
+        nn.Linear(features, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, dim, bias=False),
+    )
+
+
+def init_weights(model: nn.Module) -> None:
+    """The official code's initial weights, those of Haiku at 0673817.
+
+    Weights: normal of deviation 1 / sqrt(fan_in) cut at two deviations, which leaves 0.88 of it.
+    Biases: 0.
+
+    PAPER/CODE: the last normalisation of a bottleneck starts at gain 0 in the released code, 1 in
+    the paper's runs; README finds 0 more stable and no different for ResNet-50. We follow the code.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            std = module.weight[0].numel() ** -0.5
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, torchvision.models.resnet.Bottleneck):
+            nn.init.zeros_(module.bn3.weight)
+
+
+# ---- without batch statistics (arXiv 2010.10241) -------------------------------------------------
+
+
+def group_norm_weight_standardised(model: nn.Module) -> nn.Module:
+    """Replace every BatchNorm by GroupNorm and standardise the weights of every other layer.
+
+    Twin: eval/encoder.py. Keys and shapes of the parameters stay. Only the paper's abstract was
+    read: that there are 16 groups, that all layers are standardised, and that LARS and the moving
+    average act on the weights before standardisation, is not verified.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+                setattr(module, name, nn.GroupNorm(16, child.num_features, child.eps))
+            elif isinstance(child, nn.Conv2d):
+                child.__class__ = StandardisedConv2d  # the same parameters, another forward
+            elif isinstance(child, nn.Linear):
+                child.__class__ = StandardisedLinear
+    return model
+
+
+def standardise(weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each output unit's weights minus their mean, divided by their deviation (arXiv 1903.10520).
+
+    Twin: eval/encoder.py. weight: (outputs, ...); the deviation is the biased one, plus `eps`.
+    """
+    flat = weight.flatten(1)
+    flat = flat - flat.mean(1, keepdim=True)
+    return (flat / (flat.std(1, correction=0, keepdim=True) + eps)).view_as(weight)
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """Twin: eval/encoder.py."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, standardise(self.weight), self.bias)
+
+
+class StandardisedLinear(nn.Linear):
+    """Twin: eval/encoder.py."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, standardise(self.weight), self.bias)
+
+
+# ---- BatchNorm over all processes (CODE configs/byol.py) -----------------------------------------
+
+
+def globalize(model: nn.Module) -> nn.Module:
+    """Give every BatchNorm of `model` the statistics of the global batch, where there are several
+    processes: `SyncBatchNorm` on GPUs, `GlobalBatchNorm` elsewhere. Call it before DDP wraps it.
+
+    Twin: simclr/model.py. Running variances are unbiased, as torch has them; TensorFlow's are not.
+    """
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return model
+    if torch.cuda.is_available():
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+                synced = GlobalBatchNorm(child.num_features, child.eps, child.momentum)
+                synced._parameters, synced._buffers = child._parameters, child._buffers
+                setattr(module, name, synced)
+    return model
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Differentiable BatchNorm with the statistics of all processes, on any device.
+
+    Twin: simclr/model.py. `SyncBatchNorm` is the fast one but needs GPUs. Every process must hold
+    the same number of images.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """(B, C) and (B, C, H, W) are both welcome."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        axes, world = [0, *range(2, input.ndim)], dist.get_world_size()
+        shape = [1, -1] + [1] * (input.ndim - 2)
+        mean = _AllReduce.apply(wide.mean(axes)) / world
+        centred = wide - mean.view(shape)
+        var = _AllReduce.apply(centred.square().mean(axes)) / world
+        with torch.no_grad():
+            n = input.numel() // input.shape[1] * world
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(var.to(self.running_var.dtype) * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = (self.weight * torch.rsqrt(var + self.eps)).view(shape)
+        return (centred * scale + self.bias.view(shape)).to(input.dtype)
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Pretrain, judge and compare one MoCo recipe. Stopped at any point, it goes on where it was.
+#
+#   bash moco/reproduce.sh demo
+#   bash moco/reproduce.sh cifar10 uoft-cs/cifar10 runs/moco-cifar10 --seed 2
+#   LAUNCH="accelerate launch --num_processes 8 -m" bash moco/reproduce.sh imagenet ILSVRC/imagenet-1k
+set -euo pipefail
+recipe=${1:-demo}
+source=${2:-demo}
+run=${3:-runs/moco-$recipe}
+launch=${LAUNCH:-python -m}
+
+once() { [ -e "$run/results/$1.json" ] || "${@:2}"; } # a judgement that is there is not repeated
+
+$launch moco.pretrain "$recipe" --data "$source" --out "$run" "${@:4}"
+if [ "$recipe" = demo ]; then # seconds on a CPU, with the floor and the ceiling beside it
+    once knn200-random python -m eval.knn "$run" --baselines pixels random
+    once linear-features-random python -m eval.linear "$run" --protocol features --baselines pixels random
+    once finetune-100-random python -m eval.finetune "$run" --weights random --epochs 20 --base-lr 0.2
+else
+    once knn200-encoder python -m eval.knn "$run"
+    once knn200-output-encoder python -m eval.knn "$run" --layer -1 # the notebook's figures
+    once linear-moco-encoder python -m eval.linear "$run"
+fi
+python -m eval.compare "$run"
