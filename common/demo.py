@@ -18,9 +18,9 @@ Four choices make the set a fair test of self-supervised learning:
 * Every class is closed under mirroring (spirals wind either way), so a
   horizontal flip changes no label.
 
-Top-1 on render(2000, 1) after render(5120, 0): raw pixels 36 % by kNN and 14 %
-by a linear probe, a random DemoEncoder 20 and 23 % (batch statistics set
-first), its supervised twin 98 %.
+Top-1 on the 2,000 test images, given the 5,120 training images: raw pixels 36 % by
+kNN (k 20) and 13 % by a linear classifier on features, a random encoder 28 and
+26 %, the same encoder trained with labels 97.5 %.
 """
 
 import math

@@ -285,6 +285,25 @@ def test_golden_over_processes(shares, world, at_least):
             assert ours["top1"].item() == data[f"{case}_contrast_acc"][rank]
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_embeddings_on_several_processes_equal_one(shares, world):
+    """NT-Xent alone, in float32: loss and every gradient through the gather to 1e-6."""
+    data = golden("simclr_ntxent_multireplica")
+    assert shares[world][0]["golden"]
+    for case in shares[world][0]["golden"]:
+        hidden = torch.tensor(data[f"{case}_hidden"])  # (R, 2 b, D), each half a view
+        views = [half.flatten(0, 1).requires_grad_() for half in hidden.chunk(2, dim=1)]
+        loss, _ = nt_xent(*views, float(data[f"{case}_T"]))
+        loss.backward()
+        parts = [view.grad.chunk(world) for view in views]
+        found = [rank["golden"][case] for rank in shares[world]]
+        mean = sum(one["loss"] for one in found) / world
+        assert mean.item() == pytest.approx(loss.item(), rel=1e-6)
+        for rank, one in enumerate(found):
+            alone = torch.cat([parts[0][rank], parts[1][rank]])
+            assert (one["grad"] - alone).abs().max() < 1e-6
+
+
 def worst_gradient(ranks, alone):
     """The largest relative difference of any parameter's gradient on any process."""
     assert all(found["grads"].keys() == alone["grads"].keys() for found in ranks)
