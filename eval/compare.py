@@ -8,9 +8,11 @@ A published figure stands only beside a measurement of the same protocol on the 
 the run's setting differs from the paper's is said in the last column.
 """
 
+import itertools
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +31,10 @@ PROTOCOLS = {
     "linear-moco": "linear (MoCo's protocol)",
     "linear-byol": "linear (BYOL's protocol)",
     "linear-features": "linear (on features)",
-    "finetune-100": "fine-tuned, all labels",
 }
+LAYERS = {"-output": " on the head's output"}
 NETWORKS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "demo": "small demo CNN"}
+GREYS = {"raw pixels": "#d5d5d5", "random encoder": "#a8a8a8", "supervised twin": "#5f5f5f"}
 METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 
 
@@ -86,9 +89,33 @@ def title(row: dict[str, Any]) -> str:
     return SUBJECTS.get(row["subject"], row["subject"])
 
 
+def once(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Rows with each baseline once, that of the first run which has it, and a note if one went.
+
+    Baselines of several runs are the same thing measured again: they differ at most by the input
+    that the run's method prescribes.
+    """
+    kept: dict[object, dict[str, Any]] = {}
+    for i, row in enumerate(rows):
+        same = (title(row), row["protocol"], row["data"])
+        kept.setdefault(i if row["subject"] == "encoder" else same, row)
+    if len(kept) == len(rows):
+        return list(rows), ""
+    found = [row for row in kept.values() if row["subject"] != "encoder"]
+    names = dict.fromkeys(title(row) for row in sorted(found, key=order))
+    sources = dict.fromkeys(Path(row["run"]["config"]["out"]).name for row in found)
+    note = (
+        f"{', '.join(names)}: as measured with {', '.join(sources)}; the other runs' are left out"
+    )
+    return list(kept.values()), note
+
+
 def protocol_title(protocol: str) -> str:
     if knn := re.fullmatch(r"knn(\d+)(.*)", protocol):
-        return f"kNN (k {knn[1]}){knn[2].replace('-', ' ')}"
+        return f"kNN (k {knn[1]}){LAYERS.get(knn[2], knn[2].replace('-', ' '))}"
+    if share := re.fullmatch(r"finetune-([\d.]+)(.*)", protocol):
+        labels = "all labels" if share[1] == "100" else f"{share[1]} % of labels"
+        return f"fine-tuned, {labels}{share[2].replace('-', ' ')}"
     return PROTOCOLS.get(protocol, protocol)
 
 
@@ -128,27 +155,29 @@ def measured(row: dict[str, Any]) -> str:
     return f"{row['top1']:.1f} ± {row['interval']:.1f}"
 
 
-def order(row: dict[str, Any]) -> tuple:
-    """Baselines first, then runs, then the supervised ceiling."""
-    ranks = {"raw pixels": 0, "random encoder": 1, "supervised twin": 3}
-    return ranks.get(title(row), 2), title(row)
+def order(row: dict[str, Any]) -> int:
+    """Baselines first, then runs, as they were named, then the supervised ceiling."""
+    return {"raw pixels": 0, "random encoder": 1, "supervised twin": 3}.get(title(row), 2)
 
 
 def place(protocol: str) -> tuple:
-    """A sorting key: kNN by k, then linear, then fine-tuned."""
+    """A sorting key: kNN by k, then on the head's output, then linear, then fine-tuned."""
     kinds = ("knn", "linear", "finetune")
     kind = next((i for i, kind in enumerate(kinds) if protocol.startswith(kind)), len(kinds))
-    return kind, len(protocol), protocol
+    return kind, protocol.endswith("output"), len(protocol), protocol
 
 
 def overview(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Subjects down, protocols across: Top-1 in percent with its 95 % interval."""
+    """Subjects down, protocols across: Top-1 in percent with its 95 % interval, or over seeds."""
     protocols = sorted({row["protocol"] for row in rows}, key=place)
     names = list(dict.fromkeys(title(row) for row in sorted(rows, key=order)))
     table = [["Top-1 (%)", *map(protocol_title, protocols)]]
     for name in names:
-        cells = {row["protocol"]: measured(row) for row in rows if title(row) == name}
-        table.append([name, *(cells.get(protocol, "") for protocol in protocols)])
+        cells = []
+        for protocol in protocols:
+            mine = [r for r in rows if (title(r), r["protocol"]) == (name, protocol)]
+            cells.append(over_seeds(mine) if mine else "")
+        table.append([name, *cells])
     return table
 
 
@@ -173,15 +202,25 @@ def beside_published(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def as_text(table: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
+    """A table for the terminal; long headings and long cells take several lines."""
+    columns = list(zip(*table, strict=True))
+    limits = [max(map(len, column[1:]), default=0) for column in columns]
+    limits = [min(max(limit, 12), 40) for limit in limits]
+    lines = []
+    for row in table:
+        cells = [textwrap.wrap(cell, limit) for cell, limit in zip(row, limits, strict=True)]
+        lines.append([*itertools.zip_longest(*cells, fillvalue="")] or [("",) * len(row)])
+    widths = [max(len(line[i]) for group in lines for line in group) for i in range(len(columns))]
+    text = [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for row in table
+        for group in lines
+        for line in group
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    text.insert(len(lines[0]), "-" * (sum(widths) + 2 * len(widths) - 2))
+    return "\n".join(text)
 
 
 def as_markdown(table: Sequence[Sequence[str]]) -> str:
@@ -191,39 +230,46 @@ def as_markdown(table: Sequence[Sequence[str]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of every subject under every protocol; lines for the ceiling and published figures."""
+    """A panel for each protocol with a bar for each subject; the ceiling and published figures."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    ceiling = [row for row in rows if title(row) == "supervised twin"]
-    rows = [row for row in rows if row not in ceiling] or ceiling
+    twins = [row for row in rows if title(row) == "supervised twin"]
     protocols = sorted({row["protocol"] for row in rows}, key=place)
     names = list(dict.fromkeys(title(row) for row in sorted(rows, key=order)))
-    width = 0.84 / len(names)
-    size = (max(5.0, 1.5 + 0.55 * len(names) * len(protocols)), 4.4)
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    greys = {"raw pixels": "#d0d0d0", "random encoder": "#a0a0a0"}
-    for i, name in enumerate(names):
-        mine = [row for row in rows if title(row) == name]
-        places = [protocols.index(row["protocol"]) + (i + 0.5) * width - 0.42 for row in mine]
-        heights, spread = [row["top1"] for row in mine], [row["interval"] for row in mine]
-        colour = greys.get(name, f"C{i % 10}")
-        axis.bar(places, heights, width * 0.92, yerr=spread, label=name, color=colour, capsize=2)
-        for x, row in zip(places, mine, strict=True):
-            top = row["top1"] + row["interval"] + 1
-            axis.text(x, top, f"{row['top1']:.1f}", ha="center", size=8)
-            if known := published_for(row):
-                ends = x - width / 2, x + width / 2
-                axis.hlines(known.top1, *ends, colors="black", linestyles="dashed")
-                axis.text(x, known.top1 + 1, f"published {known.top1:.1f}", ha="center", size=7)
-    for row in ceiling:
-        axis.axhline(row["top1"], color="#444444", linewidth=1, label="supervised twin")
-    axis.set_xticks(range(len(protocols)), list(map(protocol_title, protocols)))
-    axis.set(ylabel="Top-1 (%)", ylim=(0, 104), title=f"on {data_title(rows[0]['data'])}")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, ncols=2, fontsize=8, loc="outside lower center")
+    trained = [name for name in names if name not in GREYS]
+    colours = GREYS | {name: f"C{i % 10}" for i, name in enumerate(trained)}
+    across = len(protocols) if len(protocols) < 5 else -(-len(protocols) // 2)
+    down = -(-len(protocols) // across)
+    size = 0.8 + 0.08 * max(map(len, names)) + 2.3 * across, down * (0.9 + 0.36 * len(names))
+    figure, axes = plt.subplots(
+        down, across, figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(protocols) :]:
+        axis.set_axis_off()
+    for axis, protocol in zip(axes.flat, protocols, strict=False):
+        for i, name in enumerate(names):
+            mine = [r for r in rows if (title(r), r["protocol"]) == (name, protocol)]
+            if not mine:
+                continue
+            top1, spread = mean([r["top1"] for r in mine]), max(r["interval"] for r in mine)
+            axis.barh(i, top1, 0.72, xerr=spread, color=colours[name], ecolor="#333333")
+            end, label = top1 + spread, f"{top1:.1f}"
+            if known := published_for(mine[0]):
+                axis.vlines(known.top1, i - 0.45, i + 0.45, colors="black", linewidth=2)
+                end, label = max(end, known.top1), f"{label} (published {known.top1:.1f})"
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            axis.text(end + 2, i, label, va="center", size=8, bbox=box)
+        for row in (row for row in twins if row["protocol"] == "finetune-100"):
+            axis.axvline(row["top1"], color=GREYS["supervised twin"], linewidth=1, zorder=0)
+        axis.set_title("\n".join(textwrap.wrap(protocol_title(protocol), 22)), fontsize=9)
+        axis.set(xlim=(0, 125), xticks=[0, 25, 50, 75, 100])
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+    figure.supxlabel(f"Top-1 (%) on {data_title(rows[0]['data'])}", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -277,7 +323,9 @@ def results_page(rows: Sequence[dict[str, Any]]) -> str:
         mine = [row for row in rows if data_title(row["data"]) == data]
         head = ["subject", "network", "protocol", "Top-1", "published", "setting differs in"]
         table = [[*head, "pretraining", "device", "commit"]]
-        ranked = sorted(mine, key=lambda row: (place(row["protocol"]), order(row), row["seed"]))
+        ranked = sorted(
+            mine, key=lambda row: (place(row["protocol"]), order(row), title(row), row["seed"])
+        )
         for key in dict.fromkeys(map(alike, ranked)):
             group = [row for row in ranked if alike(row) == key]
             row = group[0]
@@ -334,12 +382,15 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     pages = []
     for data in dict.fromkeys(row["data"] for row in rows):
-        mine = [row for row in rows if row["data"] == data]
+        mine, note = once([row for row in rows if row["data"] == data])
         tables = [overview(mine), beside_published(mine)]
         tables = [table for table in tables if len(table) > 1]
         print(f"\nOn {data_title(data)}, {mine[0]['test_images']:,} test images:\n")
         print("\n\n".join(map(as_text, tables)))
         pages += [f"## {data_title(data)}\n", *map(as_markdown, tables)]
+        if note:
+            print(f"\n({note})")
+            pages.append(f"{note}.\n")
         suffix = "" if data == rows[0]["data"] else "-" + re.sub(r"\W", "-", data_title(data))
         draw(mine, out / f"compare{suffix}.png")
     write_atomically(out / "compare.md", "\n".join(pages).encode())
