@@ -23,7 +23,7 @@ import tyro
 
 from common import cli
 from common.run import read_json, write_atomically
-from eval.published import PUBLISHED, Row
+from eval.published import DATA, PUBLISHED, Row
 
 SUBJECTS = {"pixels": "raw pixels", "random": "random encoder", "encoder": ""}
 PROTOCOLS = {
@@ -31,6 +31,8 @@ PROTOCOLS = {
     "linear-moco": "linear (MoCo's protocol)",
     "linear-byol": "linear (BYOL's protocol)",
     "linear-features": "linear (on features)",
+    "linear-online": "linear (during pretraining)",
+    "linear-simsiam": "linear (SimSiam's protocol)",
 }
 LAYERS = {"-output": " on the head's output"}
 NETWORKS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "demo": "small demo CNN"}
@@ -124,28 +126,82 @@ def data_title(source: str) -> str:
     return source if re.fullmatch(r"[\w-]+/[\w.-]+", source) else Path(source).name
 
 
-def published_for(row: dict[str, Any]) -> Row | None:
-    """The published row that a measurement may be held against, if there is one."""
-    known = PUBLISHED.get(row.get("published") or "")
-    if known is None or row["subject"] != "encoder" or row["protocol"] != known.protocol:
-        return None
-    return known if known.data in data_title(row["data"]).replace("-1k", "") else None
+# ---- beside what was published -------------------------------------------------------------------
 
 
-def deviations(row: dict[str, Any], known: Row) -> str:
+def data_set(source: str) -> str:
+    """The key of `DATA` that a SOURCE is by its name; empty if it is none of them."""
+    name = Path(source).name.lower().replace("_", "-")
+    return next((key for key, (names, _) in DATA.items() if re.fullmatch(names, name)), "")
+
+
+def comparable(row: dict[str, Any], known: Row) -> bool:
+    """Whether a figure may stand beside a measurement at all, deviations or not.
+
+    The method, the protocol, the data judged on down to the size of its test split, and the data
+    pretrained on must be the same.
+    """
+    config = row["run"]["config"]
+    return (
+        row["subject"] == "encoder"
+        and known.method.lower().replace(",", "").split()[0] == row["method"]
+        and known.protocol == row["protocol"]
+        and known.data == data_set(row["data"])
+        and DATA[known.data][1] == row["test_images"]
+        and (known.pretrained or known.data) == data_set(config["data"])
+    )
+
+
+def differences(row: dict[str, Any], known: Row) -> list[str]:
     """How the setting of a measurement differs from the published one."""
-    said = []
-    if known.epochs and abs(row["epochs"] - known.epochs) > 0.01 * known.epochs:
+    config, said = row["run"]["config"], []
+    if known.epochs is None:
+        said.append("epochs are not published")
+    elif abs(row["epochs"] - known.epochs) > 0.01 * known.epochs:
         said.append(f"{row['epochs']:.4g} epochs, not {known.epochs}")
     if row["batch_size"] != known.batch_size:
         said.append(f"batch {row['batch_size']}, not {known.batch_size}")
     if NETWORKS.get(row["arch"]) != known.network:
         said.append(f"{NETWORKS.get(row['arch'], row['arch'])}, not {known.network}")
-    if known.data == "cifar10" and row["stem"] != "cifar":
+    if known.data == "cifar10" and not known.pretrained and row["stem"] != "cifar":
         said.append("ImageNet stem")
-    if "jpeg" in row["data"]:
-        said.append("JPEG copy of the data")
-    return "; ".join(said)
+    for key, value in known.variant.items():
+        if config.get(key) != value:
+            said.append(f"{key.replace('_', ' ')} {config.get(key)}, not {value}")
+    return said
+
+
+def notes(row: dict[str, Any]) -> list[str]:
+    """What is not the published setting's own even where the setting is the same."""
+    return ["JPEG copy of the data"] if re.search(r"jpe?g", row["data"].lower()) else []
+
+
+def published_for(row: dict[str, Any]) -> list[Row]:
+    """The published rows that a measurement may be held against, the nearest first.
+
+    Those of the same setting; where there is none, the row that the recipe reproduces. None of
+    another protocol or data set.
+    """
+    found = [known for known in PUBLISHED.values() if comparable(row, known)]
+    exact = [known for known in found if not differences(row, known)]
+    recipes = PUBLISHED.get(row.get("published") or "")
+    nearest = [recipes] if recipes in found else []
+    return sorted(exact, key=lambda known: known is not recipes) or nearest
+
+
+def unmatched(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For each recipe whose published figure stands beside nothing: the figure, and why."""
+    said = []
+    for key in dict.fromkeys(row.get("published") or "" for row in rows):
+        mine = [row for row in rows if row.get("published") == key and row["subject"] == "encoder"]
+        known = PUBLISHED.get(key)
+        if known is None or not mine or any(comparable(row, known) for row in mine):
+            continue
+        said.append(
+            f"not held against {known.method}'s {known.top1:.1f} ({known.source}): that is "
+            f"{protocol_title(known.protocol)} on {known.data}, which was not measured here"
+        )
+    return said
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -182,11 +238,11 @@ def overview(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def beside_published(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """One line for each measurement that has a published counterpart; only a head if none has."""
+    """One line for each published counterpart of a measurement; only a head if there is none."""
     head = ["", "protocol", "measured", "published", "difference", "source", "setting differs in"]
     table = [head]
     for row in sorted(rows, key=order):
-        if known := published_for(row):
+        for known in published_for(row):
             table.append(
                 [
                     title(row),
@@ -195,10 +251,14 @@ def beside_published(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
                     f"{known.top1:.1f}",
                     f"{row['top1'] - known.top1:+.1f}",
                     known.source + (f" ({known.note})" if known.note else ""),
-                    deviations(row, known) or "nothing",
+                    deviations(row, known),
                 ]
             )
     return table
+
+
+def deviations(row: dict[str, Any], known: Row) -> str:
+    return "; ".join(differences(row, known) + notes(row)) or "nothing"
 
 
 def as_text(table: Sequence[Sequence[str]]) -> str:
@@ -257,7 +317,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             top1, spread = mean([r["top1"] for r in mine]), max(r["interval"] for r in mine)
             axis.barh(i, top1, 0.72, xerr=spread, color=colours[name], ecolor="#333333")
             end, label = top1 + spread, f"{top1:.1f}"
-            if known := published_for(mine[0]):
+            if found := published_for(mine[0]):
+                known = found[0]
                 axis.vlines(known.top1, i - 0.45, i + 0.45, colors="black", linewidth=2)
                 end, label = max(end, known.top1), f"{label} (published {known.top1:.1f})"
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
@@ -329,7 +390,8 @@ def results_page(rows: Sequence[dict[str, Any]]) -> str:
         for key in dict.fromkeys(map(alike, ranked)):
             group = [row for row in ranked if alike(row) == key]
             row = group[0]
-            known, trained = published_for(row), row["subject"] == "encoder"
+            found, trained = published_for(row), row["subject"] == "encoder"
+            known = found[0] if found else None
             runs = [r["run"] for r in group]
             seconds = mean([run["seconds"] for run in runs])
             rate = mean([run["pairs_per_second"] for run in runs])
@@ -388,9 +450,9 @@ def main() -> None:
         print(f"\nOn {data_title(data)}, {mine[0]['test_images']:,} test images:\n")
         print("\n\n".join(map(as_text, tables)))
         pages += [f"## {data_title(data)}\n", *map(as_markdown, tables)]
-        if note:
-            print(f"\n({note})")
-            pages.append(f"{note}.\n")
+        for line in [note, *unmatched(mine)] if note else unmatched(mine):
+            print(f"\n({line})")
+            pages.append(f"{line[0].upper()}{line[1:]}.\n")
         suffix = "" if data == rows[0]["data"] else "-" + re.sub(r"\W", "-", data_title(data))
         draw(mine, out / f"compare{suffix}.png")
     write_atomically(out / "compare.md", "\n".join(pages).encode())

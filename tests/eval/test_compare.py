@@ -154,3 +154,153 @@ def test_long_headings_and_cells_are_wrapped():
     short = compare.as_text([["", "words in a heading"], ["a", "12.5"]]).splitlines()
     assert [line.strip() for line in short[:2]] == ["words in a", "heading"]
     assert compare.as_text([["", "k"], ["", ""], ["a", "1"]]).splitlines()[-1].split() == ["a", "1"]
+
+
+# ---- beside what was published -------------------------------------------------------------------
+
+CIFAR = {"data": "uoft-cs/cifar10", "arch": "resnet18", "stem": "cifar", "batch_size": 512}
+NOTEBOOK = CIFAR | {"head": "linear", "views": "notebook", "symmetric": False}
+
+
+def held_against(folder, protocol, method, changed=(), **config):
+    """(figures that a measurement is held against, what it is said to differ in)."""
+    run = made(folder, method, "cifar10", **config)
+    judged(run, protocol, **dict(changed))
+    (row,) = compare.rows_of(run)
+    found = compare.published_for(row)
+    return [known.top1 for known in found], [compare.deviations(row, known) for known in found]
+
+
+@pytest.mark.parametrize(
+    "epochs, published, differs",
+    [
+        (200, 82.6, "nothing"),
+        (400, 86.3, "nothing"),
+        (800, 88.7, "nothing"),
+        (10, 82.6, "10 epochs, not 200"),
+    ],
+)
+def test_the_row_of_the_same_epochs(tmp_path, epochs, published, differs):
+    config = NOTEBOOK | {"epochs": epochs, "published": "moco-cifar10-asym-200"}
+    found = held_against(tmp_path / "run", "knn200-output", "moco", **config)
+    assert found == ([published], [differs])
+
+
+def test_the_variant_is_the_runs_and_not_the_recipes(tmp_path):
+    config = NOTEBOOK | {"epochs": 400, "symmetric": True, "published": "moco-cifar10-asym-200"}
+    assert held_against(tmp_path / "run", "knn200-output", "moco", **config)[0] == [88.5]
+    config |= {"epochs": 10, "views": "v2"}
+    found = held_against(tmp_path / "other", "knn200-output", "moco", **config)
+    said = "10 epochs, not 200; symmetric True, not False; views v2, not notebook"
+    assert found == ([82.6], [said])
+
+
+def test_batch_network_stem_and_copies_are_said(tmp_path):
+    config = CIFAR | {"epochs": 1000, "published": "simclr-cifar10-r18-1000"}
+    config |= {"data": "../shared/cifar10-jpeg", "batch_size": 256, "stem": "imagenet"}
+    found = held_against(tmp_path / "run", "linear-simclr", "simclr", **config)
+    assert found == ([91.0], ["batch 256, not 512; ImageNet stem; JPEG copy of the data"])
+    config["arch"] = "resnet50"
+    assert "ResNet-50, not ResNet-18" in str(
+        held_against(tmp_path / "r50", "linear-simclr", "simclr", **config)
+    )
+
+
+@pytest.mark.parametrize(
+    "protocol, method, key",
+    [
+        ("linear-features", "simclr", "simclr-cifar10-r18-1000"),
+        ("linear-moco", "simclr", "simclr-cifar10-r18-1000"),
+        ("knn200", "moco", "moco-cifar10-asym-200"),
+        ("knn20-output", "moco", "moco-cifar10-asym-200"),
+        ("linear-moco", "moco", "moco-cifar10-sym-800-linear"),
+        ("knn200-output", "simclr", "moco-cifar10-asym-200"),
+        ("finetune-100", "byol", "byol-r50-finetune-100"),
+    ],
+)
+def test_never_across_protocols_or_methods(tmp_path, protocol, method, key):
+    config = NOTEBOOK | {"epochs": 1000, "published": key}
+    assert held_against(tmp_path / "run", protocol, method, **config) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "data, images, known",
+    [
+        ("ILSVRC/imagenet-1k", 50_000, True),
+        ("/data/ImageNet", 50_000, True),
+        ("/data/imagenet", 100_000, False),  # a fifth of train, held out
+        ("imagenette2-160", 3_925, False),
+        ("/data/imagenet/imagenette2-160", 50_000, False),
+        ("imagenet-100", 50_000, False),
+        ("tiny-imagenet", 50_000, False),
+        ("uoft-cs/cifar10", 10_000, False),
+    ],
+)
+def test_never_across_data_sets(tmp_path, data, images, known):
+    config = {"data": data, "arch": "resnet50", "epochs": 100, "batch_size": 4096}
+    config |= {"head_layers": 2, "temperature": 0.1, "lr_scaling": "linear", "blur": 0.5}
+    config |= {"published": "simclr-v1-r50-100"}
+    changed = {"test_images": images}
+    found = held_against(tmp_path / "run", "linear-simclr", "simclr", changed, **config)
+    assert found == (([64.5], ["nothing"]) if known else ([], []))
+
+
+@pytest.mark.parametrize(
+    "source, key",
+    [
+        ("uoft-cs/cifar10", "cifar10"),
+        ("../shared/data/cifar10-jpeg", "cifar10"),
+        ("uoft-cs/cifar100", "cifar100"),
+        ("imagenette2-160", "imagenette"),
+        ("imagenette2-320", ""),  # its images are others
+        ("ILSVRC/imagenet-1k", "imagenet"),
+        ("imagenet-1k-32x32", ""),
+        ("demo", ""),
+    ],
+)
+def test_names_of_data_sets(source, key):
+    assert compare.data_set(source) == key
+
+
+def test_pretrained_elsewhere_is_another_figure(tmp_path):
+    """ImageNet's encoder judged on CIFAR-10 is transfer, whatever the recipe says."""
+    config = {"data": "ILSVRC/imagenet-1k", "arch": "resnet18", "stem": "cifar"}
+    config |= {"batch_size": 512, "epochs": 1000, "published": "simclr-cifar10-r18-1000"}
+    judged_on = {"data": "uoft-cs/cifar10"}
+    found = held_against(tmp_path / "a", "linear-simclr", "simclr", judged_on, **config)
+    assert found == ([], [])
+    config |= {"arch": "resnet50", "batch_size": 4096, "stem": "imagenet"}
+    found = held_against(tmp_path / "b", "transfer-linear", "simclr", judged_on, **config)
+    assert found == ([90.6], ["nothing"])
+
+
+def test_only_what_a_method_learned_is_held_against_anything(tmp_path):
+    run = made(tmp_path / "run", "moco", **NOTEBOOK, epochs=200, published="moco-cifar10-asym-200")
+    judged(run, "knn200-output", "random")
+    assert [compare.published_for(row) for row in rows(run)] == [[]]
+
+
+def test_the_table_beside_what_was_published(tmp_path, command):
+    key = {"published": "moco-cifar10-asym-200"}
+    run = made(tmp_path / "run", "moco", "cifar10", **NOTEBOOK, epochs=200, **key)
+    judged(run, "knn200-output", top1=81.4)
+    judged(run, "knn200", top1=85.0)
+    head, *lines = compare.beside_published(rows(run))
+    by_protocol = {line[1]: dict(zip(head, line, strict=True)) for line in lines}
+    line = by_protocol["kNN (k 200) on the head's output"]
+    assert (line["measured"], line["published"]) == ("81.4 ± 1.7", "82.6")
+    assert line["difference"] == "-1.2" and line["source"].startswith("notebook")
+    other = by_protocol["kNN (k 200)"]  # on features, as lightly's
+    assert other["published"] == "84.7" and "best epoch on test" in other["source"]
+    shown = command(run)
+    assert "-1.2" in shown and "not held against" not in shown
+
+
+def test_a_figure_without_its_protocol_is_named_and_not_compared(tmp_path, command):
+    key = {"published": "simclr-cifar10-r18-1000"}
+    run = made(tmp_path / "run", "simclr", "cifar10", **CIFAR, epochs=1000, **key)
+    judged(run, "linear-features", top1=89.0)
+    assert len(compare.beside_published(rows(run))) == 1
+    assert "not held against SimCLR's 91.0 (README-S): that is linear" in command(run)
+    judged(run, "linear-simclr", top1=90.0)
+    assert "not held against" not in command(run)
