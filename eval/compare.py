@@ -1,6 +1,7 @@
 """Measured beside published: a table in the terminal, as Markdown and as a picture.
 
     python -m eval.compare RUN [RUN ...]               # also RUN/compare.md and RUN/compare.png
+    python -m eval.compare RUN [RUN ...] --report DIR  # also a page with curves and pictures
     python -m eval.compare RUN --keep results          # add the run's rows to a folder of results
     python -m eval.compare --results results           # write RESULTS.md from that folder
 
@@ -23,7 +24,9 @@ import tyro
 
 from common import cli
 from common.run import read_json, write_atomically
+from eval import report
 from eval.published import DATA, PUBLISHED, Row
+from eval.report import markdown
 
 SUBJECTS = {"pixels": "raw pixels", "random": "random encoder", "encoder": ""}
 PROTOCOLS = {
@@ -46,6 +49,7 @@ class Settings:
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # folders of runs
     out: str = ""  # folder for compare.md and compare.png; default: the first run's
+    report: str = ""  # write a page on the runs, with curves and pictures, into this folder
     keep: str = ""  # copy the runs' results, with their cost, into this folder
     results: str = ""  # a folder of kept results: write RESULTS.md beside it, and nothing else
 
@@ -283,12 +287,6 @@ def as_text(table: Sequence[Sequence[str]]) -> str:
     return "\n".join(text)
 
 
-def as_markdown(table: Sequence[Sequence[str]]) -> str:
-    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in table]
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body]) + "\n"
-
-
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A panel for each protocol with a bar for each subject; the ceiling and published figures."""
     import matplotlib
@@ -410,7 +408,7 @@ def results_page(rows: Sequence[dict[str, Any]]) -> str:
                 ]
             )
         commands = dict.fromkeys(r["run"]["launches"][0]["command"] for r in ranked)
-        parts += [f"## {data}\n", as_markdown(table)]
+        parts += [f"## {data}\n", markdown(table)]
         parts += ["```", *commands, "```", ""]
     return "\n".join(parts)
 
@@ -442,21 +440,27 @@ def main() -> None:
         keep(rows, Path(settings.keep))
     out = Path(settings.out or settings.runs[0])
     out.mkdir(parents=True, exist_ok=True)
-    pages = []
+    if settings.report:
+        Path(settings.report).mkdir(parents=True, exist_ok=True)
+    pages, groups = [], []
     for data in dict.fromkeys(row["data"] for row in rows):
         mine, note = once([row for row in rows if row["data"] == data])
         tables = [overview(mine), beside_published(mine)]
         tables = [table for table in tables if len(table) > 1]
+        remarks = [note, *unmatched(mine)] if note else unmatched(mine)
         print(f"\nOn {data_title(data)}, {mine[0]['test_images']:,} test images:\n")
-        print("\n\n".join(map(as_text, tables)))
-        pages += [f"## {data_title(data)}\n", *map(as_markdown, tables)]
-        for line in [note, *unmatched(mine)] if note else unmatched(mine):
-            print(f"\n({line})")
-            pages.append(f"{line[0].upper()}{line[1:]}.\n")
+        print("\n\n".join([*map(as_text, tables), *(f"({line})" for line in remarks)]))
         suffix = "" if data == rows[0]["data"] else "-" + re.sub(r"\W", "-", data_title(data))
-        draw(mine, out / f"compare{suffix}.png")
+        picture = out / f"compare{suffix}.png"
+        draw(mine, picture)
+        said = [f"{line[0].upper()}{line[1:]}." for line in remarks]
+        pages += [f"## {data_title(data)}\n", *map(markdown, tables), *(f"{s}\n" for s in said)]
+        groups.append((data_title(data), tables, said, picture.read_bytes()))
     write_atomically(out / "compare.md", "\n".join(pages).encode())
     print(f"\nwritten: {out / 'compare.md'}, {out / 'compare.png'}", file=sys.stderr)
+    if settings.report:
+        report.write(Path(settings.report), [Path(run) for run in settings.runs], groups)
+        print(f"written: {Path(settings.report) / 'index.html'}", file=sys.stderr)
 
 
 if __name__ == "__main__":
