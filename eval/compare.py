@@ -9,6 +9,7 @@ A published figure stands only beside a measurement of the same protocol on the 
 the run's setting differs from the paper's is said in the last column.
 """
 
+import hashlib
 import itertools
 import json
 import re
@@ -39,6 +40,8 @@ PROTOCOLS = {
 }
 LAYERS = {"-output": " on the head's output"}
 NETWORKS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "demo": "small demo CNN"}
+APART = {"seed", "out", "workers", "memory_gb", "processes", "log_every", "save_every", "knn_every"}
+MEASUREMENT = {"title", "figures", "command", "device", "commit"}
 GREYS = {"raw pixels": "#d5d5d5", "random encoder": "#a8a8a8", "supervised twin": "#5f5f5f"}
 METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 
@@ -95,25 +98,44 @@ def title(row: dict[str, Any]) -> str:
     return SUBJECTS.get(row["subject"], row["subject"])
 
 
+def setting_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What rows must share to be seeds of one another; of a baseline, the network alone."""
+    if row["subject"] != "encoder":
+        return {} if row["subject"] == "pixels" else {key: row[key] for key in ("arch", "stem")}
+    return {key: value for key, value in row["run"]["config"].items() if key not in APART}
+
+
+def named(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with a `name`: its title and, among several of that title, its setting."""
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        settings.setdefault(title(row), []).append(setting_of(row))
+    told = []
+    for row in rows:
+        mine, all_of_title = setting_of(row), settings[title(row)]
+        differ = [key for key in mine if any(other.get(key) != mine[key] for other in all_of_title)]
+        said = ", ".join(f"{key.replace('_', ' ')} {mine[key]}" for key in differ)
+        told.append(row | {"name": title(row) + (f" ({said})" if said else "")})
+    return told
+
+
 def once(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """Rows with each baseline once, that of the first run which has it, and a note if one went.
+    """Named rows with each baseline once, the first run's that has it, and a note if one went.
 
     Baselines of several runs are the same thing measured again: they differ at most by the input
     that the run's method prescribes.
     """
     kept: dict[object, dict[str, Any]] = {}
     for i, row in enumerate(rows):
-        same = (title(row), row["protocol"], row["data"])
+        same = (row["name"], row["protocol"], row["data"])
         kept.setdefault(i if row["subject"] == "encoder" else same, row)
     if len(kept) == len(rows):
         return list(rows), ""
-    found = [row for row in kept.values() if row["subject"] != "encoder"]
-    names = dict.fromkeys(title(row) for row in sorted(found, key=order))
+    found = sorted((row for row in kept.values() if row["subject"] != "encoder"), key=order)
+    names = dict.fromkeys(row["name"] for row in found)
     sources = dict.fromkeys(Path(row["run"]["config"]["out"]).name for row in found)
-    note = (
-        f"{', '.join(names)}: as measured with {', '.join(sources)}; the other runs' are left out"
-    )
-    return list(kept.values()), note
+    said = f"{', '.join(names)}: as measured with {', '.join(sources)}"
+    return list(kept.values()), f"{said}; the other runs' are left out"
 
 
 def protocol_title(protocol: str) -> str:
@@ -230,12 +252,12 @@ def place(protocol: str) -> tuple:
 def overview(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Subjects down, protocols across: Top-1 in percent with its 95 % interval, or over seeds."""
     protocols = sorted({row["protocol"] for row in rows}, key=place)
-    names = list(dict.fromkeys(title(row) for row in sorted(rows, key=order)))
+    names = list(dict.fromkeys(row["name"] for row in sorted(rows, key=order)))
     table = [["Top-1 (%)", *map(protocol_title, protocols)]]
     for name in names:
         cells = []
         for protocol in protocols:
-            mine = [r for r in rows if (title(r), r["protocol"]) == (name, protocol)]
+            mine = [r for r in rows if (r["name"], r["protocol"]) == (name, protocol)]
             cells.append(over_seeds(mine) if mine else "")
         table.append([name, *cells])
     return table
@@ -249,7 +271,7 @@ def beside_published(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         for known in published_for(row):
             table.append(
                 [
-                    title(row),
+                    row["name"],
                     protocol_title(row["protocol"]),
                     measured(row),
                     f"{known.top1:.1f}",
@@ -296,7 +318,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     twins = [row for row in rows if title(row) == "supervised twin"]
     protocols = sorted({row["protocol"] for row in rows}, key=place)
-    names = list(dict.fromkeys(title(row) for row in sorted(rows, key=order)))
+    names = list(dict.fromkeys(row["name"] for row in sorted(rows, key=order)))
     trained = [name for name in names if name not in GREYS]
     colours = GREYS | {name: f"C{i % 10}" for i, name in enumerate(trained)}
     across = len(protocols) if len(protocols) < 5 else -(-len(protocols) // 2)
@@ -309,7 +331,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_axis_off()
     for axis, protocol in zip(axes.flat, protocols, strict=False):
         for i, name in enumerate(names):
-            mine = [r for r in rows if (title(r), r["protocol"]) == (name, protocol)]
+            mine = [r for r in rows if (r["name"], r["protocol"]) == (name, protocol)]
             if not mine:
                 continue
             top1, spread = mean([r["top1"] for r in mine]), max(r["interval"] for r in mine)
@@ -340,21 +362,24 @@ def keep(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     """Copy judgements into a folder of results, one file each, named by what was measured."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
+        setting = json.dumps(public(setting_of(row)), sort_keys=True).encode()
         parts = [row["method"], row["recipe"], f"{row['epochs']:.4g}ep", f"seed{row['seed']}"]
         parts += [data_title(row["data"]), row["protocol"], row["subject"]]
+        parts += [hashlib.sha256(setting).hexdigest()[:6]]  # runs of a recipe with other flags
         name = re.sub(r"[^\w.-]", "-", "-".join(map(str, parts)))
         text = json.dumps(public(row), indent=1) + "\n"
         write_atomically(folder / f"{name}.json", text.encode())
 
 
 def public(value: Any) -> Any:
-    """A row without the folders of the machine that it was measured on."""
+    """A row without the folders of the machine that it was measured on: of paths, the last part."""
     if isinstance(value, dict):
         return {key: public(item) for key, item in value.items()}
     if isinstance(value, list):
         return [public(item) for item in value]
     if isinstance(value, str):
-        return " ".join(re.sub(r"^(\.{0,2}/)\S*/", "", word) for word in value.split(" "))
+        quoted = re.sub(r"'(?:~|\.{1,2})?/(?:[^']*/)?([^']*)'", r"'\1'", value)
+        return re.sub(r"(?<![\w.~])(?:~\w*|\.{1,2})?/(?:[^\s'\"]*/)?", "", quoted)
     return value
 
 
@@ -367,8 +392,9 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> str:
     return f"{mean(values):.1f}, sd {stdev(values):.1f} over {len(rows)} seeds ({each})"
 
 
-def results_page(rows: Sequence[dict[str, Any]]) -> str:
-    """RESULTS.md: every measured row, grouped by data set, with what it took."""
+def results_page(records: Sequence[dict[str, Any]]) -> str:
+    """RESULTS.md: every judgement, by data set, with what it took; then other measurements."""
+    rows = [record for record in records if "protocol" in record]
     parts = [
         "# Results\n",
         "Generated by `python -m eval.compare --results results` from the records in `results/`; "
@@ -376,47 +402,103 @@ def results_page(rows: Sequence[dict[str, Any]]) -> str:
         "Top-1 in percent at the last epoch: one run with the 95 % Wilson interval over the test "
         "images, or the mean and standard deviation over seeds. A published figure stands only "
         "beside the same protocol on the same data set. Time is that of all pretraining steps at "
-        "the median rate.\n",
+        "the median rate; an evaluation's is its own, features included.\n",
     ]
     for data in sorted({data_title(row["data"]) for row in rows}):
         mine = [row for row in rows if data_title(row["data"]) == data]
-        head = ["subject", "network", "protocol", "Top-1", "published", "setting differs in"]
-        table = [[*head, "pretraining", "device", "commit"]]
-        ranked = sorted(
-            mine, key=lambda row: (place(row["protocol"]), order(row), title(row), row["seed"])
-        )
-        for key in dict.fromkeys(map(alike, ranked)):
-            group = [row for row in ranked if alike(row) == key]
-            row = group[0]
-            found, trained = published_for(row), row["subject"] == "encoder"
-            known = found[0] if found else None
-            runs = [r["run"] for r in group]
-            seconds = mean([run["seconds"] for run in runs])
-            rate = mean([run["pairs_per_second"] for run in runs])
-            network = f"{NETWORKS.get(row['arch'], row['arch'])}, {row['stem']} stem"
-            table.append(
-                [
-                    title(row),
-                    "none" if row["subject"] == "pixels" else network,
-                    protocol_title(row["protocol"]),
-                    over_seeds(group),
-                    f"{known.top1:.1f} ({known.source})" if known else "",
-                    deviations(row, known) if known else "",
-                    f"{seconds / 60:.1f} min, {rate:,.0f} pairs/s" if trained else "",
-                    row["judged"]["device"] if not trained else runs[0]["launches"][0]["device"],
-                    ", ".join(dict.fromkeys(r["pretrained_at"] for r in group)),
-                ]
-            )
-        commands = dict.fromkeys(r["run"]["launches"][0]["command"] for r in ranked)
-        parts += [f"## {data}\n", markdown(table)]
-        parts += ["```", *commands, "```", ""]
+        mine = sorted(once(named(mine))[0], key=lambda row: (row["name"], row["seed"]))
+        mine = sorted(mine, key=lambda row: (place(row["protocol"]), order(row)))
+        parts += [f"## {data}\n", markdown(figures(mine))]
+        parts += ["What it took:\n", markdown(costs(mine)), "```"]
+        parts += [*dict.fromkeys(r["run"]["launches"][0]["command"] for r in mine), "```\n"]
+    if others := [record for record in records if "protocol" not in record]:
+        parts += ["## Other measurements\n", markdown(measurements(others)), "```"]
+        parts += [*dict.fromkeys(record["command"] for record in others), "```\n"]
     return "\n".join(parts)
 
 
-def alike(row: dict[str, Any]) -> tuple:
-    """What rows must share to be seeds of one another."""
-    keys = ("protocol", "arch", "stem", "batch_size", "data")
-    return title(row), *(row[key] for key in keys)
+def figures(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A line for each subject and protocol, seeds together, beside the nearest published figure."""
+    head = ["subject", "network", "protocol", "Top-1", "published", "setting differs in"]
+    table = [[*head, "judged in"]]
+    for key in dict.fromkeys((row["name"], row["protocol"]) for row in rows):
+        group = [row for row in rows if (row["name"], row["protocol"]) == key]
+        row, found = group[0], published_for(group[0])
+        network = f"{NETWORKS.get(row['arch'], row['arch'])}, {row['stem']} stem"
+        seconds = [r["seconds"] for r in group if r.get("seconds")]
+        table.append(
+            [
+                row["name"],
+                "none" if row["subject"] == "pixels" else network,
+                protocol_title(row["protocol"]),
+                over_seeds(group),
+                f"{found[0].top1:.1f} ({found[0].source})" if found else "",
+                deviations(row, found[0]) if found else "",
+                duration(mean(seconds)) if seconds else "",
+            ]
+        )
+    return table
+
+
+def costs(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A line for each pretraining run: time, rate, memory, machine and commit."""
+    table = [["run", "seed", "pretraining", "pairs/s", "peak memory", "device", "commit"]]
+    for row in rows:
+        run, launch = row["run"], row["run"]["launches"][0]
+        if row["subject"] != "encoder":
+            continue
+        processes = launch.get("processes", 1)
+        line = [
+            row["name"],
+            str(row["seed"]),
+            duration(run["seconds"]) if run["seconds"] else "",
+            f"{run['pairs_per_second']:,.0f}" if run["pairs_per_second"] else "",
+            f"{run['peak_memory_gb']:.1f} GB" if run["peak_memory_gb"] else "",
+            launch["device"] + (f" x {processes}" if processes > 1 else ""),
+            str(row["pretrained_at"]),
+        ]
+        if line not in table:
+            table.append(line)
+    return table
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def measurements(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """What is no judgement of an encoder, such as throughput: each figure under its own name.
+
+    A record has `title`, `figures` (a number or text by name), `command`, `device` and `commit`.
+    """
+    table = [["what", "measured", "device", "commit"]]
+    for record in records:
+        said = [
+            f"{name}: {value:,.4g}" if isinstance(value, int | float) else f"{name}: {value}"
+            for name, value in record["figures"].items()
+        ]
+        table.append([record["title"], "; ".join(said), record["device"], record["commit"]])
+    return table
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Every record of a folder of results, in the order of their names.
+
+    Raises:
+        UserError: there is none, or one is neither a judgement nor a measurement.
+    """
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        record = read_json(path)
+        needed = {"run", "top1"} if "protocol" in record else MEASUREMENT
+        if missing := needed - record.keys():
+            raise cli.UserError(f"{path}: lacks {', '.join(sorted(missing))}")
+        records.append(record)
+    if not records:
+        raise cli.UserError(f"--results {folder}: no results in it")
+    return records
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -426,12 +508,10 @@ def main() -> None:
     settings = tyro.cli(Settings, prog="python -m eval.compare", description=__doc__)
     if settings.results:
         folder = Path(settings.results)
-        rows = [read_json(file) for file in sorted(folder.glob("*.json"))]
-        if not rows:
-            raise cli.UserError(f"--results {folder}: no results in it")
+        records = read_records(folder)
         target = folder.resolve().parent / "RESULTS.md"
-        write_atomically(target, results_page(rows).encode())
-        print(f"{target.name}: {len(rows)} rows")
+        write_atomically(target, results_page(records).encode())
+        print(f"{target.name}: {len(records)} records")
         return
     if not settings.runs:
         raise cli.UserError("say which runs to compare, or --results FOLDER")
@@ -444,7 +524,7 @@ def main() -> None:
         Path(settings.report).mkdir(parents=True, exist_ok=True)
     pages, groups = [], []
     for data in dict.fromkeys(row["data"] for row in rows):
-        mine, note = once([row for row in rows if row["data"] == data])
+        mine, note = once(named([row for row in rows if row["data"] == data]))
         tables = [overview(mine), beside_published(mine)]
         tables = [table for table in tables if len(table) > 1]
         remarks = [note, *unmatched(mine)] if note else unmatched(mine)

@@ -78,7 +78,7 @@ def command(monkeypatch, capsys):
 
 
 def rows(*runs):
-    return [row for run in runs for row in compare.rows_of(run)]
+    return compare.named([row for run in runs for row in compare.rows_of(run)])
 
 
 def cells(table):
@@ -304,3 +304,101 @@ def test_a_figure_without_its_protocol_is_named_and_not_compared(tmp_path, comma
     assert "not held against SimCLR's 91.0 (README-S): that is linear" in command(run)
     judged(run, "linear-simclr", top1=90.0)
     assert "not held against" not in command(run)
+
+
+# ---- kept results and RESULTS.md -----------------------------------------------------------------
+
+
+def test_seeds_are_told_from_other_settings(tmp_path):
+    for i, (seed, batch) in enumerate([(1, 256), (2, 256), (1, 128)]):
+        judged(made(tmp_path / f"run{i}", seed=seed, batch_size=batch), "knn20", top1=70.0 + i)
+    found = rows(*(tmp_path / f"run{i}" for i in range(3)))
+    names = [f"SimCLR demo, 39 epochs (batch size {batch})" for batch in (256, 256, 128)]
+    assert [row["name"] for row in found] == names
+    table = cells(compare.overview(found))
+    assert table[names[0], "kNN (k 20)"] == "70.5, sd 0.7 over 2 seeds (70.0, 71.0)"
+    assert table[names[2], "kNN (k 20)"] == "72.0 ± 1.7"
+
+
+def test_baselines_of_two_networks_are_two(tmp_path):
+    for arch in ("resnet18", "resnet50"):
+        judged(made(tmp_path / arch, arch=arch, out=arch), "knn20", "random")
+        judged(tmp_path / arch, "knn20", "pixels")
+    found, note = compare.once(rows(tmp_path / "resnet18", tmp_path / "resnet50"))
+    names = [row["name"] for row in found]
+    assert sorted(names) == [
+        "random encoder (arch resnet18)",
+        "random encoder (arch resnet50)",
+        "raw pixels",
+    ]
+    assert "raw pixels" in note
+
+
+@pytest.mark.parametrize(
+    "text, known",
+    [
+        ("python -m a --data /home/me/cifar10-jpeg --out runs/x", "--data cifar10-jpeg --out runs"),
+        ("--data ../shared/data/cifar10-jpeg", "--data cifar10-jpeg"),
+        ("--data ./here", "--data here"),
+        ("--data=/home/me/x", "--data=x"),
+        ("--data '/home/my images/the set' --seed 2", "--data 'the set' --seed 2"),
+        ("--out ~/runs/x", "--out x"),
+        ("/data", "data"),
+        ("/tmp/x/", ""),
+        ("uoft-cs/cifar10", "uoft-cs/cifar10"),
+        ("runs/simclr", "runs/simclr"),
+        ("CPU (2 cores)", "CPU (2 cores)"),
+    ],
+)
+def test_folders_of_the_machine_are_left_out(text, known):
+    shown = compare.public({"a": [text]})["a"][0]
+    assert known in shown and "home" not in shown and "shared" not in shown
+    assert compare.public(shown) == shown
+
+
+def test_kept_results_make_the_page(tmp_path, three, command, monkeypatch):
+    """The page holds every figure once, nothing of the machine's folders, and is always the same."""
+    key = {"published": "moco-cifar10-asym-200", "data": str(tmp_path / "images" / "cifar10-jpeg")}
+    for seed in (1, 2):
+        run = made(
+            tmp_path / f"c{seed}", "moco", "cifar10", **NOTEBOOK | key, epochs=200, seed=seed
+        )
+        judged(run, "knn200-output", top1=81.0 + seed)
+        command(run, "--keep", tmp_path / "kept" / "results")
+    command(*three, "--keep", tmp_path / "kept" / "results")
+    record = {"title": "Views, one core", "figures": {"images/s": 1234.5, "against": "torchvision"}}
+    record |= {"command": "python tests/benchmarks/throughput.py", **AT}
+    files = tmp_path / "kept" / "results"
+    (files / "zz.json").write_text(json.dumps(record))
+    assert len(list(files.iterdir())) == 3 * 10 + 2 + 2 + 1
+    command("--results", files)
+    page = (tmp_path / "kept" / "RESULTS.md").read_text()
+    assert str(tmp_path) not in page and str(tmp_path) not in "".join(
+        path.read_text() for path in files.iterdir()
+    )
+    assert "82.5, sd 0.7 over 2 seeds (82.0, 83.0) | 82.6 (notebook) | JPEG copy of the d" in page
+    assert page.count("| raw pixels |") == 3 and page.count("## ") == 3
+    assert "| MoCo cifar10, 200 epochs | 1 | " in page and "580 | 1.2 GB | CPU (2 cores) |" in page
+    assert "| Views, one core | images/s: 1,234; against: torchvision | CPU (2 cores) |" in page
+    widest = max(line.count(" | ") for line in page.splitlines())
+    assert widest <= 6
+    monkeypatch.chdir(tmp_path)
+    command("--results", files)
+    assert (tmp_path / "kept" / "RESULTS.md").read_text() == page
+
+
+def test_another_setting_is_another_file(tmp_path, command):
+    for batch in (128, 256):
+        run = made(tmp_path / str(batch), batch_size=batch)
+        judged(run, "knn20")
+        command(run, "--keep", tmp_path / "kept")
+        command(run, "--keep", tmp_path / "kept")
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_a_wrong_record_is_one_line(tmp_path, command):
+    with pytest.raises(cli.UserError, match="no results in it"):
+        compare.read_records(tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps({"title": "x", "figures": {}, "device": "CPU"}))
+    with pytest.raises(cli.UserError, match=r"a\.json: lacks command, commit"):
+        compare.read_records(tmp_path)
