@@ -424,7 +424,8 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     for key in dict.fromkeys((row["name"], row["protocol"]) for row in rows):
         group = [row for row in rows if (row["name"], row["protocol"]) == key]
         row, found = group[0], published_for(group[0])
-        network = f"{NETWORKS.get(row['arch'], row['arch'])}, {row['stem']} stem"
+        network = NETWORKS.get(row["arch"], row["arch"])
+        network += "" if row["arch"] == "demo" else f", {row['stem']} stem"
         seconds = [r["seconds"] for r in group if r.get("seconds")]
         table.append(
             [

@@ -357,12 +357,11 @@ def test_folders_of_the_machine_are_left_out(text, known):
 
 
 def test_kept_results_make_the_page(tmp_path, three, command, monkeypatch):
-    """The page holds every figure once, nothing of the machine's folders, and is always the same."""
-    key = {"published": "moco-cifar10-asym-200", "data": str(tmp_path / "images" / "cifar10-jpeg")}
+    """The page holds every figure once, no folder of the machine, and is always the same."""
+    config = NOTEBOOK | {"published": "moco-cifar10-asym-200", "epochs": 200}
+    config["data"] = str(tmp_path / "images" / "cifar10-jpeg")
     for seed in (1, 2):
-        run = made(
-            tmp_path / f"c{seed}", "moco", "cifar10", **NOTEBOOK | key, epochs=200, seed=seed
-        )
+        run = made(tmp_path / f"c{seed}", "moco", "cifar10", **config, seed=seed)
         judged(run, "knn200-output", top1=81.0 + seed)
         command(run, "--keep", tmp_path / "kept" / "results")
     command(*three, "--keep", tmp_path / "kept" / "results")
