@@ -27,7 +27,7 @@ from common import cli
 from common.run import read_json, write_atomically
 from eval import report
 from eval.published import DATA, PUBLISHED, Row
-from eval.report import markdown
+from eval.report import as_markdown
 
 SUBJECTS = {"pixels": "raw pixels", "random": "random encoder", "encoder": ""}
 PROTOCOLS = {
@@ -408,11 +408,11 @@ def results_page(records: Sequence[dict[str, Any]]) -> str:
         mine = [row for row in rows if data_title(row["data"]) == data]
         mine = sorted(once(named(mine))[0], key=lambda row: (row["name"], row["seed"]))
         mine = sorted(mine, key=lambda row: (place(row["protocol"]), order(row)))
-        parts += [f"## {data}\n", markdown(figures(mine))]
-        parts += ["What it took:\n", markdown(costs(mine)), "```"]
+        parts += [f"## {data}\n", as_markdown(figures(mine))]
+        parts += ["What it took:\n", as_markdown(costs(mine)), "```"]
         parts += [*dict.fromkeys(r["run"]["launches"][0]["command"] for r in mine), "```\n"]
     if others := [record for record in records if "protocol" not in record]:
-        parts += ["## Other measurements\n", markdown(measurements(others)), "```"]
+        parts += ["## Other measurements\n", as_markdown(measurements(others)), "```"]
         parts += [*dict.fromkeys(record["command"] for record in others), "```\n"]
     return "\n".join(parts)
 
@@ -535,7 +535,7 @@ def main() -> None:
         picture = out / f"compare{suffix}.png"
         draw(mine, picture)
         said = [f"{line[0].upper()}{line[1:]}." for line in remarks]
-        pages += [f"## {data_title(data)}\n", *map(markdown, tables), *(f"{s}\n" for s in said)]
+        pages += [f"## {data_title(data)}\n", *map(as_markdown, tables), *(f"{s}\n" for s in said)]
         groups.append((data_title(data), tables, said, picture.read_bytes()))
     write_atomically(out / "compare.md", "\n".join(pages).encode())
     print(f"\nwritten: {out / 'compare.md'}, {out / 'compare.png'}", file=sys.stderr)

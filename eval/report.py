@@ -354,15 +354,20 @@ def seen_html(run: Path) -> tuple[str, str]:
         f"<section><h2>{name}: what went wrong most</h2><p>{about}.</p>",
         f"{confusion_html(seen)}</section>",
     ]
-    lines = [f"## {run.name}: what went wrong most\n", f"{about}.\n"]
-    return "".join(parts), "\n".join([*lines, markdown(confusion_table(seen))])
+    lines = [f"## {escaped(run.name)}: what went wrong most\n", f"{about}.\n"]
+    return "".join(parts), "\n".join([*lines, as_markdown(confusion_table(seen))])
 
 
-def markdown(table: Table) -> str:
+def as_markdown(table: Table) -> str:
     """A table in Markdown: the first column to the left, the others to the right."""
-    head, *body = [[e(cell).replace("|", "\\|") for cell in row] for row in table]
+    head, *body = [[escaped(cell) for cell in row] for row in table]
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body]) + "\n"
+
+
+def escaped(cell: str) -> str:
+    """Text for one cell of a Markdown table: names come from folders and files of anyone's."""
+    return html.escape(" ".join(cell.split()), quote=False).replace("|", "\\|")
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -439,14 +444,14 @@ def write(
     Args:
         groups: for each data set its heading, tables, remarks and the PNG to show after them.
     """
-    sections, texts = [], ["# " + ", ".join(e(run.name) for run in runs) + "\n"]
+    sections, texts = [], ["# " + escaped(", ".join(run.name for run in runs)) + "\n"]
     for heading, tables, remarks, drawing in groups:
         parts = [*map(table_html, tables), *(f"<p>{e(line)}</p>" for line in remarks)]
         bars = f'<img class="figure" src="{data_uri(drawing)}" alt="Top-1 as bars">'
         parts.append(f'<div class="wide">{bars}</div>')
         sections.append(f"<section><h2>On {e(heading)}</h2>{''.join(parts)}</section>")
-        texts += [f"## On {e(heading)}\n", *map(markdown, tables)]
-        texts += [f"{e(line)}\n" for line in remarks]
+        texts += [f"## On {escaped(heading)}\n", *map(as_markdown, tables)]
+        texts += [f"{escaped(line)}\n" for line in remarks]
     sections.append(f"<section><h2>Training</h2>{curves(runs)}</section>")
     for run in runs:
         shown, text = seen_html(run)

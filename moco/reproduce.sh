@@ -10,7 +10,8 @@ source=${2:-demo}
 run=${3:-runs/moco-$recipe}
 launch=${LAUNCH:-python -m}
 
-once() { [ -e "$run/results/$1.json" ] || "${@:2}"; } # a judgement that is there is not repeated
+# a judgement that is there is not repeated, unless the encoder is newer
+once() { [ "$run/results/$1.json" -nt "$run/encoder.safetensors" ] || "${@:2}"; }
 
 $launch moco.pretrain "$recipe" --data "$source" --out "$run" "${@:4}"
 if [ "$recipe" = demo ]; then # seconds on a CPU, with the floor and the ceiling beside it
