@@ -69,7 +69,7 @@ class Run:
         total: steps of the whole run.
 
     Raises:
-        UserError: the folder holds a run of another config, or cannot be written.
+        UserError: not one step, or the folder holds a run of another config or cannot be written.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Run:
         self.main = accelerator.is_main_process
         self.folder = Path(config.out)
         self.first = 0
-        if config.log_every < 1:
-            raise UserError(f"--log-every {config.log_every}: must be at least 1")
+        if total < 1:
+            raise UserError(f"--epochs: too few for one step on {count:,} images")
         self._row: dict[str, Any] = {}  # of the step under way
         self._timings: dict[str, float] = {}
         self._warned = False
@@ -219,6 +219,8 @@ class Run:
                 self._record_timings(step, rate, waited / spent)
                 began, waited, done = time.perf_counter(), 0.0, 0
         self._bar.close()
+        if pairs.images.bad:
+            self.say(pairs.images.report_bad())
 
     def finish(self) -> None:
         """Close the files and say what can be done next."""
