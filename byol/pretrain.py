@@ -40,6 +40,8 @@ def main() -> None:
     if cfg.accumulate < 1 or cfg.batch_size % (cfg.accumulate * accelerator.num_processes):
         parts = f"{accelerator.num_processes} processes times --accumulate {cfg.accumulate}"
         raise cli.UserError(f"--batch-size {cfg.batch_size}: not divisible by {parts}")
+    if cfg.jitter[3] > 0.5:
+        raise cli.UserError(f"--jitter ... {cfg.jitter[3]}: hue turns by at most 0.5 of the circle")
     run = Run(cfg, "byol", recipe, accelerator, len(images), total_steps(cfg, len(images)))
     run.say(images.load(cfg.memory_gb))
     pairs = Pairs.of_run(images, augment.views(cfg), cfg, accelerator, dtype=dtype)
