@@ -108,6 +108,8 @@ def decode(image: Any, max_side: int = MAX_SIDE) -> Tensor:
         return image
     if isinstance(image, dict):
         image = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
+    if image is None:
+        raise OSError("an empty cell")
     if isinstance(image, str | Path) and not os.path.isfile(image):
         raise OSError("no such file" if not os.path.exists(image) else "not a file")
     with Image.open(image) as picture:

@@ -104,8 +104,11 @@ class Run:
         record |= {"images": self.count, "steps": self.total, "launches": []}
         if path.exists():
             old = read_json(path)
-            self._refuse_if_other(old, record)
-            record["launches"] = old["launches"]
+            try:
+                self._refuse_if_other(old, record)
+                record["launches"] = [*old["launches"]]
+            except (AttributeError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: not of a run; give another --out") from error
         if self.main:
             try:
                 (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -79,10 +79,11 @@ def config_of(run: Path) -> dict[str, Any]:
     path = run / "config.json"
     record = read_json(path)
     config = record.get("config") if isinstance(record, dict) else None
-    texts = [config.get(key) for key in ("data", *COLUMNS)] if isinstance(config, dict) else [0]
-    if not all(isinstance(text, str | None) for text in texts):
-        raise UserError(f"{path}: not of a run")
-    return config
+    if isinstance(config, dict):
+        texts = [config.get(key) for key in ("data", *COLUMNS)]
+        if all(isinstance(text, str | None) for text in texts):
+            return config
+    raise UserError(f"{path}: not of a run")
 
 
 def record(subject: Subject, protocol: str, *, top1: float, **values: Any) -> dict[str, Any]:
