@@ -312,7 +312,7 @@ def open_images(
     Raises:
         UserError: no such source, split or column; no images in it.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source == "demo":
         pixels, labels = demo.split(split)
         return Images(f"demo {split}", pixels, labels, demo.CLASSES, store=pixels)
@@ -323,6 +323,8 @@ def open_images(
             return open_folder(path, split, classes)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{source}: no path ({error})") from error
     if tables:
         table = load_tables(path, tables, split)
         return open_table(table, source, image_column, label_column, classes)

@@ -19,6 +19,7 @@ from common.cli import UserError
 from common.data import open_images
 from common.run import Run
 from eval.encoder import Input, build_seeded, load, metadata
+from eval.encoder import build_encoder as build
 from eval.results import Subject, file_name, record, subjects
 from simclr.config import RECIPES
 from tests.helpers import METHODS, ROOT
@@ -216,10 +217,12 @@ def exported(path, tensors=(), **changes):
 )
 def test_metadata_that_no_method_writes(tmp_path, monkeypatch, changes):
     monkeypatch.chdir(tmp_path)
-    path = exported(tmp_path / "encoder.safetensors", **changes)
+    path, built = exported(tmp_path / "encoder.safetensors", **changes), []
+    monkeypatch.setattr("eval.encoder.build_encoder", lambda *a: built.append(a) or build(*a))
     with pytest.raises(UserError, match=r"encoder\.safetensors: not an exported encoder") as caught:
         load(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(path)
+    assert bool(built) == ("tensors" in changes)  # words are checked before they build anything
     assert [p.name for p in tmp_path.iterdir()] == ["encoder.safetensors"]
 
 
