@@ -53,6 +53,11 @@ class UserError(Exception):
     """A mistake that the user can mend: shown as one line, exit status 2, no traceback."""
 
 
+def printable(text: str) -> str:
+    """Without what would break the line or command the terminal: a file's name may hold both."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def parse(config: type[C], recipes: Mapping[str, C], argv: list[str], prog: str) -> tuple[str, C]:
     """`[RECIPE] [--field value ...]` to the recipe's name and config. The default is `demo`.
 
@@ -122,5 +127,5 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(2)

@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from common import demo
-from common.cli import UserError
+from common.cli import UserError, printable
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 TABLES = (".parquet", ".arrow")
@@ -286,11 +286,6 @@ class _Decoder(Dataset):
 def name_of(image: Any, index: int) -> str:
     path = image.get("path") if isinstance(image, dict) else image
     return str(path) if isinstance(path, (str, Path)) else f"image {index}"
-
-
-def printable(text: str) -> str:
-    """Without what would break the line or command the terminal: a file's name may hold both."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 # ---- opening a source ----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import nn
 from common.cli import UserError
 from common.data import open_images
 from common.run import Run
+from eval.compare import as_markdown
 from eval.encoder import Input, build_seeded, load, metadata
 from eval.encoder import build_encoder as build
 from eval.results import Subject, file_name, record, subjects
@@ -315,3 +316,10 @@ def test_a_hostile_source_in_a_whole_record(tmp_path, capsys):
     assert [p.name for p in tmp_path.rglob("*.json")] == [
         "knn20-random-resnet18-on-..-..-..-escape.json"
     ]
+
+
+def test_a_table_of_results_is_text_whatever_the_names():
+    names = ["<img src=x onerror=alert(1)>", "a|b", "two\nlines", "&lt;"]
+    table = as_markdown([["subject", "Top-1"], *([name, "1.0"] for name in names)])
+    assert "<" not in table and len(table.splitlines()) == 2 + len(names)
+    assert "a\\|b" in table and "two lines" in table and "&amp;lt;" in table
