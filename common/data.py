@@ -428,10 +428,17 @@ def load_hub(source: str, split: str) -> Any:
     import datasets
     import huggingface_hub
 
+    try:  # what follows this would try again for half a minute
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            huggingface_hub.HfApi().dataset_info(source, timeout=10)
+    except huggingface_hub.errors.HfHubHTTPError:
+        pass  # it answers, and what is wrong is said better below
+    except Exception as error:
+        raise UserError(
+            f"{source}: not a local path, and the Hub cannot be reached ({first_line(error)}); "
+            "HF_HUB_OFFLINE=1 uses what is in its cache"
+        ) from error
     try:
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:  # else it is to be in the cache
-            with contextlib.suppress(huggingface_hub.errors.HfHubHTTPError):  # said better below
-                huggingface_hub.HfApi().dataset_info(source, timeout=10)  # below: half a minute
         names = datasets.get_dataset_split_names(source)
         wanted = next((n for n in SPLITS.get(split, (split,)) if n in names), None)
         if wanted is None:

@@ -266,7 +266,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     began = time.perf_counter()
-    with pytest.raises(UserError, match="nobody/nothing: not a local path, and the Hub said: Conn"):
+    with pytest.raises(UserError, match="nobody/nothing: not a local path, and the Hub cannot be"):
         data.load_hub("nobody/nothing", "train")
     assert time.perf_counter() - began < 5
 
