@@ -8,6 +8,7 @@ A published figure stands only beside a measurement of the same protocol on the 
 the run's setting differs from the paper's is said in the last column.
 """
 
+import html
 import json
 import re
 import sys
@@ -185,9 +186,14 @@ def as_text(table: Sequence[Sequence[str]]) -> str:
 
 
 def as_markdown(table: Sequence[Sequence[str]]) -> str:
-    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in table]
+    head, *body = [[escaped(cell) for cell in row] for row in table]
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body]) + "\n"
+
+
+def escaped(cell: str) -> str:
+    """Text for one cell of a Markdown table: names come from folders and files of anyone's."""
+    return html.escape(" ".join(cell.split()), quote=False).replace("|", "\\|")
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
