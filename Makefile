@@ -1,7 +1,9 @@
-# make demo     pretrain on the embedded images, evaluate, print a table (CPU, minutes)
+# make demo     pretrain all three methods on the embedded images, judge, print a table (CPU, minutes)
 # make test     the tests (under 10 minutes on 2 cores)
 # make lint     ruff and mypy
 # make slow     the longer checks that guard a promise
+# make seeds    the demos with three seeds each, kept in results/
+# make results  RESULTS.md from results/
 # For exactly the versions that were tested together: make demo PIP_FLAGS='-c constraints.txt'
 
 PYTHON    ?= python3
@@ -9,10 +11,14 @@ VENV      ?= .venv
 PIP_FLAGS ?=
 BIN       := $(VENV)/bin
 READY     := $(VENV)/ready
+METHODS   := simclr moco byol
+HERE      := PATH="$(CURDIR)/$(BIN):$$PATH"
+DEMOS     := $(METHODS:%=runs/%-demo)
 
-.PHONY: demo test slow lint bench results
+.PHONY: demo test slow lint bench seeds results
 demo: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash simclr/reproduce.sh demo
+	@for method in $(METHODS); do $(HERE) bash $$method/reproduce.sh demo || exit; done
+	@$(BIN)/python -m eval.compare $(DEMOS) --out runs
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -23,10 +29,17 @@ slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy common eval $(foreach m,simclr moco byol,$m/config.py $m/augment.py $m/loss.py $m/optim.py)
+	$(BIN)/mypy common eval $(foreach m,$(METHODS),$m/config.py $m/augment.py $m/loss.py $m/optim.py)
 
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/throughput.py
+
+seeds: $(READY)
+	for method in $(METHODS); do for seed in 1 2 3; do \
+	    run=runs/$$method-demo-seed$$seed; \
+	    $(HERE) bash $$method/reproduce.sh demo demo $$run --seed $$seed || exit; \
+	    $(BIN)/python -m eval.compare $$run --keep results || exit; \
+	done; done
 
 results: $(READY)
 	$(BIN)/python -m eval.compare --results results

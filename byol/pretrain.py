@@ -37,9 +37,7 @@ def main() -> None:
     # images in, view pairs out
     images = open_images(cfg.data, cfg.split, **columns)
     cli.check_batch(cfg.batch_size, len(images), accelerator.num_processes)
-    if cfg.accumulate < 1 or cfg.batch_size % (cfg.accumulate * accelerator.num_processes):
-        parts = f"{accelerator.num_processes} processes times --accumulate {cfg.accumulate}"
-        raise cli.UserError(f"--batch-size {cfg.batch_size}: not divisible by {parts}")
+    check_sizes(cfg, accelerator.num_processes)
     run = Run(cfg, "byol", recipe, accelerator, len(images), total_steps(cfg, len(images)))
     run.say(images.load(cfg.memory_gb))
     pairs = Pairs.of_run(images, augment.views(cfg), cfg, accelerator, dtype=dtype)
@@ -105,6 +103,26 @@ def micro_batches(
     for step, (view1, view2) in steps:
         for i in range(parts):
             yield step, (view1[i::parts], view2[i::parts]), i + 1 == parts
+
+
+def check_sizes(cfg: Config, processes: int) -> None:
+    """Refuse parts of a batch that are unequal or too small to normalise, and impossible widths.
+
+    Raises:
+        UserError: with what to change.
+    """
+    if cfg.batch_size % (cfg.accumulate * processes):
+        parts = f"{processes} processes times --accumulate {cfg.accumulate}"
+        raise cli.UserError(f"--batch-size {cfg.batch_size}: not divisible by {parts}")
+    if cfg.norm == "bn" and cfg.batch_size == cfg.accumulate:
+        raise cli.UserError(
+            f"--batch-size {cfg.batch_size}: BatchNorm needs two images or more in each of the "
+            f"{cfg.accumulate} parts (--accumulate)"
+        )
+    if cfg.norm == "gn+ws" and cfg.hidden_dim % 16:
+        raise cli.UserError(f"--hidden-dim {cfg.hidden_dim}: not divisible by 16 groups of gn+ws")
+    if cfg.jitter[3] > 0.5:
+        raise cli.UserError(f"--jitter ... {cfg.jitter[3]}: hue turns by at most 0.5 of the circle")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,32 @@
     owner/name              a data set on the Hugging Face Hub
 
 Labels are never needed to pretrain. Symbols: N images, B images in a batch.
+
+What becomes of an odd image:
+
+    CMYK, palette, gray, 1 bit        RGB
+    16 bits                           8 bits
+    transparent                       over white
+    animated, several pages           the first frame
+    turned by EXIF                    upright
+    a side longer than MAX_SIDE       reduced to it; a JPEG while it is decoded
+    1 x 1, 1 x 100                    as any other
+    a folder named like an image      a folder
+    links                             followed; a loop once
+
+    truncated, empty, not an image    undecodable: named with the reason, counted, and the next
+    a FIFO, a socket, a dead link     image takes its place, up to MAX_BAD of a source
+    more than 89 megapixels (a JPEG: 179)
 """
 
 import contextlib
 import functools
 import hashlib
 import io
+import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,7 +45,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from common import demo
-from common.cli import UserError
+from common.cli import UserError, printable
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 TABLES = (".parquet", ".arrow")
@@ -37,6 +55,9 @@ SPLITS = {  # the names under which people keep a split
 }
 MAX_SIDE = 640  # pixels; a longer image is reduced when decoded, so that no batch is mostly padding
 MAX_BAD = 0.05  # share of undecodable images beyond which a source is refused
+
+# What Pillow warns of is either no matter or, a decompression bomb, an error in `decode`.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 # ---- order ---------------------------------------------------------------------------------------
@@ -79,13 +100,22 @@ def decode(image: Any, max_side: int = MAX_SIDE) -> Tensor:
 
     Upright by its EXIF orientation; 16 bits reduced to 8; the first frame of an animation;
     transparency over white; longer side at most `max_side`.
+
+    Raises:
+        Exception: of nearly any kind, if the image is damaged, too large or not a file.
     """
     if isinstance(image, Tensor):
         return image
     if isinstance(image, dict):
         image = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
+    if image is None:
+        raise OSError("an empty cell")
+    if isinstance(image, str | Path) and not os.path.isfile(image):
+        raise OSError("no such file" if not os.path.exists(image) else "not a file")
     with Image.open(image) as picture:
         picture.draft("RGB", (max_side, max_side))  # JPEG: decode at a reduced scale where enough
+        if math.prod(picture.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise OSError(f"{math.prod(picture.size):,} pixels; reduce it first")
         picture.load()
         upright = ImageOps.exif_transpose(picture)
     if upright.mode.startswith("I"):  # 16 bits of grey
@@ -146,10 +176,12 @@ class Images:
         return f"{line}; {self.report_bad()}" if self.bad else line
 
     def try_decode(self, index: int) -> Tensor | None:
+        image = None
         try:
-            return decode(self.encoded[index])
-        except Exception as error:  # Pillow raises nearly anything on a damaged file
-            self.note_bad({index: f"{name_of(self.encoded[index], index)} ({error})"})
+            image = self.encoded[index]
+            return decode(image)
+        except Exception as error:
+            self.note_bad({index: printable(f"{name_of(image, index)} ({error})")})
             return None
 
     def note_bad(self, bad: dict[int, str]) -> None:
@@ -275,7 +307,7 @@ def open_images(
     Raises:
         UserError: no such source, split or column; no images in it.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source == "demo":
         pixels, labels = demo.split(split)
         return Images(f"demo {split}", pixels, labels, demo.CLASSES, store=pixels)
@@ -286,6 +318,8 @@ def open_images(
             return open_folder(path, split, classes)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{source}: no path ({error})") from error
     if tables:
         table = load_tables(path, tables, split)
         return open_table(table, source, image_column, label_column, classes)
@@ -392,7 +426,18 @@ def first_word(name: str) -> str:
 
 def load_hub(source: str, split: str) -> Any:
     import datasets
+    import huggingface_hub
 
+    try:  # what follows this would try again for half a minute
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            huggingface_hub.HfApi().dataset_info(source, timeout=10)
+    except huggingface_hub.errors.HfHubHTTPError:
+        pass  # it answers, and what is wrong is said better below
+    except Exception as error:
+        raise UserError(
+            f"{source}: not a local path, and the Hub cannot be reached ({first_line(error)}); "
+            "HF_HUB_OFFLINE=1 uses what is in its cache"
+        ) from error
     try:
         names = datasets.get_dataset_split_names(source)
         wanted = next((n for n in SPLITS.get(split, (split,)) if n in names), None)

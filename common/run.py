@@ -69,7 +69,7 @@ class Run:
         total: steps of the whole run.
 
     Raises:
-        UserError: the folder holds a run of another config, or cannot be written.
+        UserError: not one step, or the folder holds a run of another config or cannot be written.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Run:
         self.main = accelerator.is_main_process
         self.folder = Path(config.out)
         self.first = 0
-        if config.log_every < 1:
-            raise UserError(f"--log-every {config.log_every}: must be at least 1")
+        if total < 1:
+            raise UserError(f"--epochs: too few for one step on {count:,} images")
         self._row: dict[str, Any] = {}  # of the step under way
         self._timings: dict[str, float] = {}
         self._warned = False
@@ -104,8 +104,11 @@ class Run:
         record |= {"images": self.count, "steps": self.total, "launches": []}
         if path.exists():
             old = read_json(path)
-            self._refuse_if_other(old, record)
-            record["launches"] = old["launches"]
+            try:
+                self._refuse_if_other(old, record)
+                record["launches"] = [*old["launches"]]
+            except (AttributeError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: not of a run; give another --out") from error
         if self.main:
             try:
                 (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -219,6 +222,8 @@ class Run:
                 self._record_timings(step, rate, waited / spent)
                 began, waited, done = time.perf_counter(), 0.0, 0
         self._bar.close()
+        if pairs.images.bad:
+            self.say(pairs.images.report_bad())
 
     def finish(self) -> None:
         """Close the files and say what can be done next."""

@@ -9,6 +9,7 @@ The file's metadata says how to build the network; no method is imported.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.cli import UserError
+from common.data import first_line
 
+RESNETS = tuple(torchvision.models.list_models(include="resnet*"))
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -122,11 +125,17 @@ def load(target: str, weights: str = "", layer: int = 0) -> Encoder:
             about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         given = Input(**about["input"])
+        check_metadata(about, given)
         network = build_normed(about)
+        body = {key: value for key, value in tensors.items() if not key.startswith("head.")}
+        network.load_state_dict(body)  # strict: every tensor has its place
+        if layer:
+            head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
+            network = Cut(network, build_head(about["head"], head), layer)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}: not an exported encoder ({error})") from error
+        raise UserError(f"{path}: not an exported encoder ({first_line(error)})") from error
     if weights == "pixels":
         return Encoder(Pixels().eval(), given, "pixels", about)
     if weights == "random":
@@ -134,12 +143,33 @@ def load(target: str, weights: str = "", layer: int = 0) -> Encoder:
     if weights:
         known = "random, pixels, random:ARCH, torchvision:ARCH"
         raise UserError(f"--weights {weights}: not one of {known}")
-    body = {key: value for key, value in tensors.items() if not key.startswith("head.")}
-    network.load_state_dict(body)  # strict: every tensor has its place
-    if layer:
-        head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
-        network = Cut(network, build_head(about["head"], head), layer)
     return Encoder(network.eval(), given, "encoder", about, layer)
+
+
+def check_metadata(about: dict[str, Any], given: Input) -> None:
+    """Refuse what no method writes: the file may come from anyone, and its words build a network.
+
+    Raises:
+        ValueError: a value that is not known, or a size that no image has.
+    """
+    known = {"arch": ("demo", *RESNETS), "stem": ("imagenet", "cifar"), "norm": ("bn", "gn+ws")}
+    for key, choices in known.items():
+        if about.get(key, "bn" if key == "norm" else None) not in choices:
+            raise ValueError(f"{key} {about.get(key)!r:.80}, not one of {', '.join(choices)}")
+    for key in ("method", "recipe", "published", "commit"):
+        if not isinstance(about.get(key, ""), str):
+            raise ValueError(f"{key} {about[key]!r:.80}, not a text")
+    if not isinstance(about.get("epochs", 0), int | float):
+        raise ValueError(f"epochs {about['epochs']!r:.80}, not a number")
+    if type(given.size) is not int or not 1 <= given.size <= 10_000 or not 0 < given.crop <= 1:
+        raise ValueError(f"input of {given.size!r:.80} pixels, crop {given.crop!r:.80}")
+    if given.interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"interpolation {given.interpolation!r:.80}")
+    for channels, least in ((given.mean, -math.inf), (given.std, 0)):
+        if channels is not None and not (
+            len(channels) == 3 and all(least < x < math.inf for x in channels)
+        ):
+            raise ValueError(f"mean {given.mean!r:.80} and std {given.std!r:.80}")
 
 
 def build_head(kinds: list[str], tensors: dict[str, Tensor]) -> nn.Sequential:
@@ -182,16 +212,18 @@ class Cut(nn.Module):
 def by_name(weights: str) -> Encoder:
     """`random:ARCH` or `torchvision:ARCH`, at ImageNet's size and normalisation."""
     kind, arch = weights.split(":", 1)
-    if arch not in torchvision.models.list_models(include="resnet*"):
+    if arch not in RESNETS:
         raise UserError(f"--weights {weights}: no such torchvision ResNet")
     given = Input(224, interpolation="bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD)
     about = {"arch": arch, "stem": "imagenet"}
     network = build_seeded(about)
     if kind == "torchvision":
         try:
-            state = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].get_state_dict()
+            theirs = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"]
+            state = theirs.get_state_dict(check_hash=True, weights_only=True)
         except Exception as error:
-            raise UserError(f"--weights {weights}: cannot be fetched ({error})") from error
+            said = first_line(error)
+            raise UserError(f"--weights {weights}: cannot be fetched ({said})") from error
         network.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
     return Encoder(network.eval(), given, weights, about)
 

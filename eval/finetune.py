@@ -101,7 +101,9 @@ def judge(subject: Subject, settings: Settings) -> None:
 
 
 def main() -> None:
-    settings = tyro.cli(Settings, prog="python -m eval.finetune", description=__doc__)
+    settings = cli.check_ranges(
+        tyro.cli(Settings, prog="python -m eval.finetune", description=__doc__)
+    )
     for subject in subjects(settings.run, settings.weights, (), settings.data):
         judge(subject, settings)
 

@@ -285,7 +285,9 @@ def judge(subject: Subject, settings: Settings) -> None:
 
 
 def main() -> None:
-    settings = tyro.cli(Settings, prog="python -m eval.linear", description=__doc__)
+    settings = cli.check_ranges(
+        tyro.cli(Settings, prog="python -m eval.linear", description=__doc__)
+    )
     s = settings
     for subject in subjects(s.run, s.weights, s.baselines, s.data, s.layer):
         judge(subject, settings)

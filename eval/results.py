@@ -18,6 +18,8 @@ from common.run import provenance, read_json, write_atomically
 from eval.encoder import Encoder, load
 from eval.features import extract
 
+COLUMNS = ("image_column", "label_column")
+
 
 @dataclass
 class Subject:
@@ -52,13 +54,13 @@ def subjects(
         UserError: no run and no weights; no data for weights without a run.
     """
     folder = Path(run) if run and Path(run).is_dir() else None
-    config = read_json(folder / "config.json")["config"] if folder else {}
+    config = config_of(folder) if folder else {}
     source = data or config.get("data", "")
     encoders = [load(run, weights, layer), *(load(run, name) for name in baselines)]
     if not source:
         raise UserError("say on which images to judge: --data SOURCE")
     same = source == config.get("data")
-    columns = {key: config.get(key) if same else None for key in ("image_column", "label_column")}
+    columns = {key: config.get(key) if same else None for key in COLUMNS}
     splits = None
     for encoder in encoders:
         where = folder / "results" if folder else None
@@ -66,6 +68,22 @@ def subjects(
         subject._splits = splits  # decoded once for all
         yield subject
         splits = subject._splits
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    """The settings that a run was made with.
+
+    Raises:
+        UserError: no such file, or not one that a run writes.
+    """
+    path = run / "config.json"
+    record = read_json(path)
+    config = record.get("config") if isinstance(record, dict) else None
+    if isinstance(config, dict):
+        texts = [config.get(key) for key in ("data", *COLUMNS)]
+        if all(isinstance(text, str | None) for text in texts):
+            return config
+    raise UserError(f"{path}: not of a run")
 
 
 def record(subject: Subject, protocol: str, *, top1: float, **values: Any) -> dict[str, Any]:
@@ -94,14 +112,21 @@ def record(subject: Subject, protocol: str, *, top1: float, **values: Any) -> di
     if subject.folder:
         subject.folder.mkdir(exist_ok=True)
         other = "" if subject.source == subject.config.get("data") else f"-on-{subject.source}"
-        name = re.sub(r"[^\w.]+", "-", f"{protocol}-{subject.encoder.name}{other}")
-        path = subject.folder / f"{name}.json"
+        path = subject.folder / file_name(f"{protocol}-{subject.encoder.name}{other}")
         write_atomically(path, json.dumps(row, indent=2).encode() + b"\n")
     interval = values.get("interval")
     spread = f" ± {interval:.1f}" if interval is not None else ""
     who = f"{protocol:<16} {subject.encoder.name:<8}"
     print(f"{who}  Top-1 {top1:5.1f}{spread}  on {subject.source}", flush=True)
     return row
+
+
+def file_name(title: str) -> str:
+    """NAME.json of letters, digits, `-`, `_` and `.` alone; cut where a disk would refuse it."""
+    name = re.sub(r"[^\w.]+", "-", title)
+    if len(name.encode()) > 200:  # of the 255 bytes that file systems allow
+        name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{name}.json"
 
 
 def confidence(percent: float, count: int) -> float:

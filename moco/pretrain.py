@@ -112,13 +112,14 @@ def permutation(cfg: Config, step: int, direction: int) -> Tensor:
 
 
 def check_sizes(cfg: Config, processes: int) -> None:
-    """Refuse an empty queue, and BatchNorm groups that cannot be shared out or hold one image.
+    """Refuse BatchNorm groups that cannot be shared out or hold one image, and views too small.
 
     Raises:
         UserError: with what to change.
     """
-    if cfg.queue_size < 1:
-        raise cli.UserError(f"--queue-size {cfg.queue_size}: must be at least 1")
+    if cfg.views == "v2" and cfg.image_size <= augment.BLUR_TAPS // 2:
+        least = augment.BLUR_TAPS // 2 + 1
+        raise cli.UserError(f"--image-size {cfg.image_size}: v2's blur needs {least} or more")
     if cfg.bn_splits < 1 or cfg.bn_splits % processes:
         near = processes * max(1, round(cfg.bn_splits / processes))
         raise cli.UserError(

@@ -1,13 +1,18 @@
 """Mistakes in one line and exit status 2, in this process; tests/simclr/test_pretrain.py has some
 more through a real command."""
 
+import dataclasses
 import sys
 
 import pytest
 from PIL import Image
 
+import byol.config
+import byol.pretrain
 import eval.knn
 import eval.linear
+import moco.config
+import simclr.config
 import simclr.pretrain
 from common import cli
 from simclr.config import RECIPES, Config
@@ -135,6 +140,61 @@ def test_a_message_of_several_lines_is_shown_as_one(fails):
         raise cli.UserError("first\n  second")
 
     assert fails(main) == "error: first second\n"
+
+
+def test_a_message_cannot_command_the_terminal(fails):
+    def main():
+        raise cli.UserError("folder \x1b[2J\u202egnp: no images")
+
+    assert fails(main) == "error: folder \ufffd[2J\ufffdgnp: no images\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--epochs", "-1", "--epochs -1.0: must be a number from 1e-06 to 1,000,000"),
+        ("--epochs", "nan", "--epochs nan: must be a number"),
+        ("--temperature", "0", "--temperature 0.0: must be a number from 1e-06 upwards"),
+        ("--image-size", "0", "--image-size 0: must be a number from 1 to 10,000"),
+        ("--seed", "-1", "--seed -1: must be a number from 0"),
+        ("--log-every", "0", "--log-every 0: must be a number from 1 upwards"),
+        ("--base-lr", "inf", "--base-lr inf: must be a number from 0 upwards"),
+    ],
+)
+def test_numbers_that_make_no_sense(fails, flat, flag, value, said):
+    assert said in one_line(fails(*pretrain("--data", flat, flag, value)))
+
+
+def test_every_recipe_is_in_range_and_every_range_is_of_a_field():
+    methods, judges = (simclr.config, moco.config, byol.config), (eval.knn, eval.linear)
+    for recipe in (recipe for module in methods for recipe in module.RECIPES.values()):
+        assert cli.check_ranges(recipe) is recipe
+    kinds = [module.Config for module in methods] + [module.Settings for module in judges]
+    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert cli.RANGES.keys() <= fields
+
+
+def test_evaluations_refuse_numbers_too(fails):
+    line = one_line(fails(eval.knn.main, "--k", "20", "0"))
+    assert "--k 0: must be a number from 1 upwards" in line
+    assert "--epochs -1" in one_line(fails(eval.linear.main, "--epochs", "-1"))
+    assert cli.check_ranges(eval.linear.Settings()).epochs == 0  # the default: the protocol's
+
+
+def test_too_few_epochs_for_a_step_and_too_much_hue(fails, flat):
+    small = ("--data", flat, "--out", "run", "--batch-size", "4")
+    line = one_line(fails(byol.pretrain.main, "demo", *small, "--epochs", "0.1"))
+    assert "--epochs: too few for one step on 6 images" in line
+    line = one_line(fails(byol.pretrain.main, "demo", *small, "--jitter", *["0.9"] * 4))
+    assert "hue turns by at most 0.5" in line
+
+
+def test_batches_and_widths_that_byol_cannot_normalise(fails, flat):
+    small = ("demo", "--data", flat, "--out", "run", "--batch-size", "4")
+    line = one_line(fails(byol.pretrain.main, *small, "--accumulate", "4"))
+    assert "--batch-size 4: BatchNorm needs two images or more in each of the 4 parts" in line
+    line = one_line(fails(byol.pretrain.main, *small, "--norm", "gn+ws", "--hidden-dim", "24"))
+    assert "--hidden-dim 24: not divisible by 16" in line
 
 
 def test_only_rank_0_prints(fails, monkeypatch):

@@ -83,7 +83,7 @@ def test_networks_by_name(monkeypatch):
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", no_network)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
-    with pytest.raises(UserError, match=r"cannot be fetched \(no network\)"):
+    with pytest.raises(UserError, match=r"cannot be fetched \(OSError: no network\)"):
         load("", "torchvision:resnet18")
 
 

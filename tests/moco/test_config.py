@@ -157,7 +157,7 @@ def test_there_are_three_imagenet_recipes():
         ({"bn_splits": 0}, 1, "try --bn-splits 1"),
         ({"batch_size": 8}, 1, "--batch-size 8: cannot be cut into 8"),
         ({"batch_size": 100}, 1, "--batch-size 100: cannot be cut into 8"),
-        ({"queue_size": 0}, 1, "--queue-size 0"),
+        ({"image_size": 11}, 1, "--image-size 11: v2's blur needs 12 or more"),
     ],
 )
 def test_sizes_that_cannot_be(change, processes, said):
