@@ -88,10 +88,10 @@ def reproduce(source, run, until=None):
 
 
 def judgements(run):
-    """{file: record} without times and commands."""
+    """{file: record} without times, commands and commits."""
     found = {path.name: json.loads(path.read_text()) for path in (run / "results").glob("*.json")}
     for record in found.values():
-        del record["seconds"], record["judged"]
+        del record["seconds"], record["judged"], record["pretrained_at"]
     return found
 
 
