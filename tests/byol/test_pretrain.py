@@ -1,5 +1,6 @@
 """Whole runs through the real command: interrupted and resumed, in parts, on several processes."""
 
+import importlib
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from byol.optim import LARS, parameter_groups, tau_at
 from common import cli
 from common.run import Run
 from eval.health import diagnosis
-from tests.helpers import ROOT
+from tests.helpers import METHODS, ROOT
 
 COUNT, BATCH, EPOCHS = 96, 16, 3
 STEPS = COUNT * EPOCHS // BATCH
@@ -84,14 +85,14 @@ def finished(process, status=0):
     return said
 
 
-def here(*argv):
+def here(*argv, main=byol.pretrain.main):
     """The command in this process, on one thread."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pretrain", *argv])
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            cli.run(byol.pretrain.main)
+            cli.run(main)
         finally:
             torch.set_num_threads(threads)
 
@@ -439,10 +440,10 @@ class NoStopGradient(byol.pretrain.Target):
 
 def demo_run(out, seed):
     """200 steps of the demo on 64 images each."""
-    epochs = str(200.5 * 64 / 5120)
+    epochs, base_lr = str(200.5 * 64 / 5120), str(DEMO.base_lr * DEMO.batch_size / 64)
     here(
         "demo", "--out", str(out), "--seed", str(seed), "--batch-size", "64", "--epochs", epochs,
-        "--warmup-epochs", "0.25", "--base-lr", str(DEMO.base_lr * 2), "--knn-every", "0",
+        "--warmup-epochs", "0.25", "--base-lr", base_lr, "--knn-every", "0",
     )  # fmt: skip
     assert rows(out)[-1]["step"] == 199
     return [row["step"] for row in rows(out) if diagnosis(row)]
@@ -462,8 +463,13 @@ def test_a_run_made_to_collapse_is_named_within_200_steps(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_healthy_run_is_not_named(seed, tmp_path, capsys):
-    assert demo_run(tmp_path / "run", seed) == []
+@pytest.mark.parametrize("method", METHODS)
+def test_a_healthy_run_is_not_named(method, seed, tmp_path, capsys):
+    """The demo recipe of each method through its whole schedule, in two epochs."""
+    main = importlib.import_module(f"{method}.pretrain").main
+    warmup = [] if method == "moco" else ["--warmup-epochs", "0.2"]
+    short = ["--epochs", "2", *warmup, "--knn-every", "0", "--log-every", "5"]
+    here("demo", "--out", str(tmp_path / "run"), "--seed", str(seed), *short, main=main)
     assert "COLLAPSE" not in capsys.readouterr().err
     last = rows(tmp_path / "run")[-1]
     assert last["feature_std"] > 0.3 and last["uniformity"] < -0.3  # far from the thresholds
