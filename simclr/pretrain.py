@@ -42,6 +42,8 @@ def main() -> None:
     # f and g, their optimiser, and what goes into a checkpoint
     set_seed(cfg.seed)
     network = globalize(SimCLR(cfg)).to(dtype=dtype, memory_format=torch.channels_last)
+    if cfg.compile:
+        network.encoder.compile()
     optimizer = LARS(parameter_groups(network, cfg.weight_decay), cfg.momentum)
     state = {"model": network, "optimizer": optimizer}
     run.resume(state)

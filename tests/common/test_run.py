@@ -24,6 +24,10 @@ class Config:
     workers: int = 2
     memory_gb: float = 1.0
     processes: int = 0
+    compile: bool = False
+    estimate: bool = False
+    profile: bool = False
+    precision: str = "fp32"
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +91,8 @@ def test_another_config_is_refused_by_the_fields_that_differ(open_run):
 
 def test_free_fields_may_differ(open_run):
     open_run()
-    changed = {"workers": 5, "memory_gb": 9.0, "processes": 1}
-    assert {*changed, "out"} == FREE
+    changed = {"workers": 5, "memory_gb": 9.0, "processes": 1, "compile": True, "profile": True}
+    assert {*changed, "out", "estimate"} == FREE
     run = open_run(**changed)
     assert read_json(run.folder / "config.json")["config"]["workers"] == 5
 
