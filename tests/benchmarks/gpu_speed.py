@@ -52,7 +52,7 @@ class Settings:
     keep: str = "results"  # a folder for the records
     only: str = ""  # cases whose name holds this
     workers: int = os.cpu_count() or 1  # that decode
-    flags: tuple[str, ...] = ()  # more for each command, for a trial
+    flags: str = ""  # more for each command, for a trial
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ CASES = [
 
 def draw_size(draw: np.random.Generator) -> tuple[int, int]:
     """Width and height: mostly 500 along the longer side, a few larger, 500 x 375 in the middle."""
-    if draw.random() < 0.1:
-        side = int(draw.uniform(600, 1600))
+    if draw.random() < 0.05:
+        side = int(draw.uniform(600, 1200))
     else:
         side = 500 if draw.random() < 0.8 else int(draw.uniform(200, 500))
-    other = round(side * draw.choice([0.667, 0.75, 0.75, 0.8, 1.0]))
+    other = round(side * draw.choice([0.667, 0.75, 0.75, 0.75, 0.8, 1.0]))
     return (side, other) if draw.random() < 0.75 else (other, side)
 
 
@@ -104,7 +104,7 @@ def generate(index: int, folder: Path) -> int:
     draw = np.random.default_rng(index)
     width, height = draw_size(draw)
     picture = np.zeros((height, width, 3), np.float32)
-    for cells, strength in ((4, 60), (16, 35), (64, 18), (width, 9)):
+    for cells, strength in ((4, 60), (16, 35), (64, 18), (width, 14)):
         rough = draw.normal(0, strength, (max(1, cells * height // width), cells, 3))
         for channel in range(3):
             layer = Image.fromarray(rough[..., channel].astype(np.float32))
@@ -145,7 +145,7 @@ def command_of(case: Case, source: str, count: int, settings: Settings) -> list[
     if case.recipe != "cifar10":
         given["memory-gb"] = 0  # decode every image every time
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    return [f"{case.method}.pretrain", case.recipe, *words, *case.flags, *settings.flags]
+    return [f"{case.method}.pretrain", case.recipe, *words, *case.flags, *shlex.split(settings.flags)]
 
 
 def measure(case: Case, source: str, count: int, images: str, settings: Settings) -> dict:
