@@ -102,9 +102,13 @@ class Trial:
 
 
 def tried(
-    stream: Iterator[Views], trained: int, tell: Callable[[Trial], None], warm: int = 3
+    stream: Iterator[Views],
+    trained: int,
+    tell: Callable[[Trial], None],
+    warm: int = 3,
+    steps: int = 10,
 ) -> Iterator[Views]:
-    """`stream` for 3 to 20 steps, about 10 s, after `warm` untimed ones; their cost goes to `tell`.
+    """`stream` for `steps` steps, after `warm` untimed ones; what they cost goes to `tell`.
 
     Args:
         trained: bytes of the parameters that are trained.
@@ -119,7 +123,7 @@ def tried(
     trial = Trial(0, 0.0, 0.0, 0 if views is None else len(views[0]), fixed / 2**30)
     _synchronize()
     began = time.perf_counter()
-    while trial.steps < 3 or (trial.steps < 20 and time.perf_counter() - began < 10):
+    while trial.steps < steps:
         asked = time.perf_counter()
         views = next(stream, None)
         trial.waited += time.perf_counter() - asked

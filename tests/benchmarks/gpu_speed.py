@@ -145,7 +145,8 @@ def command_of(case: Case, source: str, count: int, settings: Settings) -> list[
     if case.recipe != "cifar10":
         given["memory-gb"] = 0  # decode every image every time
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    return [f"{case.method}.pretrain", case.recipe, *words, *case.flags, *shlex.split(settings.flags)]
+    more = [*case.flags, *shlex.split(settings.flags)]
+    return [f"{case.method}.pretrain", case.recipe, *words, *more]
 
 
 def measure(case: Case, source: str, count: int, images: str, settings: Settings) -> dict:
