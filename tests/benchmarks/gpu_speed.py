@@ -52,7 +52,7 @@ class Settings:
     keep: str = "results"  # a folder for the records
     only: str = ""  # cases whose name holds this
     workers: int = os.cpu_count() or 1  # that decode
-    flags: str = ""  # more for each command, for a trial
+    flags: str = ""  # more for each command, for a trial: --flags="--image-size 64"
 
 
 @dataclass(frozen=True)

@@ -160,17 +160,17 @@ def pictures(folder):
 @pytest.mark.slow
 def test_the_queue_for_real_on_a_small_scale(tmp_path, monkeypatch):
     """Every kind of command, one epoch; then nothing is left to do."""
-    small = ("--image-size", "32", "--base-lr", "0.1", "--workers", "0")
-    job = Job("moco", "cifar10", 1, 1, "demo", 16, flags=small)
+    small = ("--image-size", "32", "--hidden-dim", "32", "--dim", "16", "--workers", "0")
+    job = Job("byol", "cifar10", 1, 1, "demo", 16, flags=small)
     queue = [job, replace(job, supervised=True)]
     monkeypatch.setattr(results_gpu, "QUEUE", queue)
-    short = {"knn200", "knn200-output", "linear-moco", "linear-simclr", "finetune-100"}
+    protocols = {"knn200", "linear-byol", "linear-simclr", "finetune-100"}
     argv = ["--data", str(pictures(tmp_path / "images")), "--cpu", "--out", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", ["x", *argv, "--keep", str(tmp_path / "results")])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cli.run(results_gpu.main)
     rows = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")]
-    assert {row["protocol"] for row in rows} == short and len(rows) == len(short)
+    assert {row["protocol"] for row in rows} == protocols and len(rows) == 4
     assert all(results_gpu.is_there(rows, j, *k) for j in queue for k in j.judgements(tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     cli.run(results_gpu.main)
@@ -207,7 +207,7 @@ def test_the_recipes_of_imagenet_for_real_on_a_small_scale(tmp_path, monkeypatch
     small = "--arch demo --image-size 32 --batch-size 8 --precision fp32 --epochs 0.5 --workers 1"
     argv = ["--steps", "2", "--images", "32", "--only", "imagenet-", "--workers", "2"]
     argv += ["--out", str(tmp_path / "out"), "--keep", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", ["gpu_speed.py", *argv, "--flags", small])
+    monkeypatch.setattr(sys, "argv", ["gpu_speed.py", *argv, f"--flags={small}"])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cli.run(gpu_speed.main)
     paths = sorted((tmp_path / "results").glob("*.json"))
