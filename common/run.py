@@ -52,8 +52,8 @@ def launch(precision: str, processes: int) -> Accelerator:
             (`accelerate launch --cpu --num_processes 2` quietly starts one).
     """
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
-    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # all steps have the same shapes
     mixed = precision if precision in ("bf16", "fp16") else "no"
     accelerator = Accelerator(cpu=not accelerated, mixed_precision=mixed)

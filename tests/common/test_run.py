@@ -118,6 +118,13 @@ def test_launched_processes_are_counted():
         launch("fp32", 2)
 
 
+def test_single_precision_is_full_but_in_convolutions():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    launch("fp32", 0)
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
