@@ -52,11 +52,11 @@ def launch(precision: str, processes: int) -> Accelerator:
             (`accelerate launch --cpu --num_processes 2` quietly starts one).
     """
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+    mixed = precision if precision in ("bf16", "fp16") else "no"
+    accelerator = Accelerator(cpu=not accelerated, mixed_precision=mixed)
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # all steps have the same shapes
-    mixed = precision if precision in ("bf16", "fp16") else "no"
-    accelerator = Accelerator(cpu=not accelerated, mixed_precision=mixed)
     if processes and processes != accelerator.num_processes:
         raise UserError(
             f"--processes {processes} asked for, {accelerator.num_processes} launched; "

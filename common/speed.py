@@ -122,6 +122,8 @@ def tried(
         yield views
     trial = Trial(0, 0.0, 0.0, 0 if views is None else len(views[0]), fixed / 2**30)
     _synchronize()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()  # cudnn tried its ways, some with much scratch memory
     began = time.perf_counter()
     while trial.steps < steps:
         asked = time.perf_counter()
