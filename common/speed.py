@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 Views = tuple[Tensor, Tensor]
@@ -70,7 +70,8 @@ def profiled(
 ) -> Iterator[Views]:
     """`stream`; a trace of `count` steps, after `skip` to warm up, is written to `target`."""
     yield from islice(stream, skip)
-    with profile() as profiler:
+    gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with profile(activities=[ProfilerActivity.CPU, *gpu]) as profiler:
         for i in range(count):
             with record_function("data"):
                 views = next(stream, None)
