@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 Views = tuple[Tensor, Tensor]
@@ -49,7 +49,9 @@ def peak_memory_gb() -> float:
 
 
 def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "MPS" if torch.backends.mps.is_available() else "CPU"
 
 
 def counted(stream: Iterator[Views], tell: Callable[[float], None]) -> Iterator[Views]:
@@ -70,8 +72,7 @@ def profiled(
 ) -> Iterator[Views]:
     """`stream`; a trace of `count` steps, after `skip` to warm up, is written to `target`."""
     yield from islice(stream, skip)
-    gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-    with profile(activities=[ProfilerActivity.CPU, *gpu]) as profiler:
+    with profile() as profiler:
         for i in range(count):
             with record_function("data"):
                 views = next(stream, None)
