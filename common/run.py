@@ -210,14 +210,10 @@ class Run:
 
     def steps(self, pairs: Pairs) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """(step, (view1, view2)) for every step still to do, behind a progress bar."""
-        stream = pairs(self.first, self.total)
         if self.config.estimate:
             trained = sum(p.nbytes for p in self._parameters)
-            yield from enumerate(speed.tried(stream, trained, self._report))
+            yield from enumerate(speed.tried(pairs(0, self.total), trained, self._report))
             return
-        stream = speed.counted(stream, self._know_flops)
-        if self.config.profile and self.main:
-            stream = speed.profiled(stream, self.folder / "trace.json.gz")
         self._bar = tqdm(
             total=self.total * self.config.batch_size,
             initial=self.first * self.config.batch_size,
@@ -228,6 +224,7 @@ class Run:
             disable=not self.main,
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
+        stream = self._watched(pairs(self.first, self.total))
         began, waited, done = time.perf_counter(), 0.0, 0
         for step in range(self.first, self.total):
             asked = time.perf_counter()
@@ -243,6 +240,12 @@ class Run:
                 self._record_timings(step, rate, waited / spent)
                 began, waited, done = time.perf_counter(), 0.0, 0
         self._bar.close()
+
+    def _watched(self, stream: Iterator[speed.Views]) -> Iterator[speed.Views]:
+        stream = speed.counted(stream, self._know_flops)
+        if self.config.profile and self.main:
+            stream = speed.profiled(stream, self.folder / "trace.json.gz")
+        return stream
 
     def _know_flops(self, per_pair: float) -> None:
         self._flops = per_pair
