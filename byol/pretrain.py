@@ -46,6 +46,9 @@ def main() -> None:
     set_seed(cfg.seed)
     network = globalize(Online(cfg)).to(dtype=dtype, memory_format=torch.channels_last)
     target = Target(network).to(accelerator.device)
+    if cfg.compile:
+        network.encoder.compile()
+        target.encoder.compile()
     optimizer = LARS(parameter_groups(network, cfg.weight_decay), cfg.momentum)
     state = {"online": network, "target": target, "optimizer": optimizer}
     run.resume(state)

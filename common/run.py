@@ -2,11 +2,12 @@
 
 RUN/config.json            resolved config; command, commit, versions of each launch
 RUN/metrics.jsonl          one line a logged step; the same bits for the same run, resumed or not
-RUN/timings.jsonl          pairs/s, share of time waiting for data, peak memory
+RUN/timings.jsonl          pairs/s, share of time waiting for data, peak memory, FLOP/s
 RUN/events.out.tfevents.*  both of the above and pictures, for TensorBoard
 RUN/checkpoints/           the last two, each written aside and then renamed
 RUN/encoder.safetensors    what eval/ reads: torchvision's key names, how to build the network
 RUN/results/*.json         one per evaluation
+RUN/trace.json.gz          of a few steps, with --profile
 """
 
 import contextlib
@@ -15,7 +16,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -31,15 +31,21 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from common import speed
 from common.cli import UserError
 from common.views import Pairs
 
 DTYPES = {"fp64": torch.float64}  # the other precisions keep float32 views and weights
-FREE = frozenset({"out", "workers", "memory_gb", "processes"})  # may differ when a run goes on
+FREE = frozenset(  # may differ when a run goes on
+    {"out", "workers", "memory_gb", "processes", "compile", "profile", "estimate"}
+)
 
 
 def launch(precision: str, processes: int) -> Accelerator:
     """The accelerator of this process.
+
+    On GPUs convolutions of float32 are TF32 (torch's default: 10 bits of mantissa), and the fastest
+    of cudnn's; matrix products, and so views, similarities and LARS, are float32.
 
     Raises:
         UserError: `processes` is not 0 and not the number that were launched
@@ -48,6 +54,9 @@ def launch(precision: str, processes: int) -> Accelerator:
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     mixed = precision if precision in ("bf16", "fp16") else "no"
     accelerator = Accelerator(cpu=not accelerated, mixed_precision=mixed)
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # all steps have the same shapes
     if processes and processes != accelerator.num_processes:
         raise UserError(
             f"--processes {processes} asked for, {accelerator.num_processes} launched; "
@@ -60,10 +69,12 @@ class Run:
     """The folder of one pretraining run, opened for the first time or again.
 
     Only the main process writes. A step's lines, checkpoint and pictures depend on the config
-    alone; whatever a clock says goes to `timings.jsonl`.
+    alone; whatever a clock says goes to `timings.jsonl`. With `config.estimate` nobody writes: the
+    loop gets a few steps, what the run would take is printed, and that is all.
 
     Args:
-        config: the method's frozen dataclass; it has `out`, `batch_size` and `log_every`.
+        config: the method's frozen dataclass; it has `out`, `batch_size`, `log_every`, `precision`,
+            `estimate` and `profile`.
         method, recipe: names for the record, e.g. "simclr", "cifar10".
         count: N, the number of training images.
         total: steps of the whole run.
@@ -83,17 +94,20 @@ class Run:
     ) -> None:
         self.config, self.method, self.recipe, self.count = config, method, recipe, count
         self.accelerator, self.total = accelerator, total
-        self.main = accelerator.is_main_process
+        self.main = accelerator.is_main_process and not config.estimate
         self.folder = Path(config.out)
         self.first = 0
         if total < 1:
             raise UserError(f"--epochs: too few for one step on {count:,} images")
         self._row: dict[str, Any] = {}  # of the step under way
         self._timings: dict[str, float] = {}
+        self._parameters: list[nn.Parameter] = []
+        self._flops = 0.0  # per pair, once a step was taken
         self._warned = False
         self._tensorboard: Any = None
         self._bar: Any = None
-        self._record_launch()
+        if not config.estimate:
+            self._record_launch()
 
     # ---- config ----
 
@@ -132,6 +146,9 @@ class Run:
 
     def resume(self, parts: Mapping[str, Any]) -> None:
         """Load the newest readable checkpoint into `parts`; `first` is then the next step."""
+        self._parameters = speed.trained_parameters(*parts.values())
+        if self.config.estimate:
+            return
         for path in sorted((self.folder / "checkpoints").glob("step-*.pt"), reverse=True):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -196,6 +213,10 @@ class Run:
 
     def steps(self, pairs: Pairs) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """(step, (view1, view2)) for every step still to do, behind a progress bar."""
+        if self.config.estimate:
+            trained = sum(p.nbytes for p in self._parameters)
+            yield from enumerate(speed.tried(pairs(0, self.total), trained, self._report))
+            return
         self._bar = tqdm(
             total=self.total * self.config.batch_size,
             initial=self.first * self.config.batch_size,
@@ -206,7 +227,7 @@ class Run:
             disable=not self.main,
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
-        stream = pairs(self.first, self.total)
+        stream = self._watched(pairs(self.first, self.total))
         began, waited, done = time.perf_counter(), 0.0, 0
         for step in range(self.first, self.total):
             asked = time.perf_counter()
@@ -225,6 +246,26 @@ class Run:
         if pairs.images.bad:
             self.say(pairs.images.report_bad())
 
+    def _watched(self, stream: Iterator[speed.Views]) -> Iterator[speed.Views]:
+        stream = speed.counted(stream, self._know_flops)
+        if self.config.profile and self.main:
+            stream = speed.profiled(stream, self.folder / "trace.json.gz")
+        return stream
+
+    def _know_flops(self, per_pair: float) -> None:
+        self._flops = per_pair
+
+    def _report(self, trial: speed.Trial) -> None:
+        if self.accelerator.is_main_process:
+            text = speed.report(
+                trial,
+                precision=self.config.precision,
+                parameters=sum(p.numel() for p in self._parameters),
+                total=self.total,
+                processes=self.accelerator.num_processes,
+            )
+            print(f"{self.method} {self.recipe}, nothing trained or written\n{text}")
+
     def finish(self) -> None:
         """Close the files and say what can be done next."""
         if self._tensorboard is not None:
@@ -235,10 +276,14 @@ class Run:
 
     def logs(self, step: int) -> bool:
         """Whether `step` is a logged one."""
+        if self.config.estimate:
+            return False
         return step % self.config.log_every == 0 or step + 1 == self.total
 
     def due(self, step: int, epochs: float) -> bool:
         """Whether a multiple of `epochs` is complete after `step`; true after the last step."""
+        if self.config.estimate:
+            return False
         if step + 1 == self.total or epochs <= 0:
             return step + 1 == self.total
         passed = [s * self.config.batch_size / self.count / epochs for s in (step, step + 1)]
@@ -268,15 +313,24 @@ class Run:
         }
         if self._timings:
             shown["waiting"] = f"{self._timings['data_wait']:.0%}"
+            shown["memory"] = f"{self._timings['peak_memory_gb']:.1f}GB"
+            if "mfu" in self._timings:
+                shown["MFU"] = f"{self._timings['mfu']:.0%}"
+            elif "tflops" in self._timings:
+                shown["TFLOP/s"] = f"{self._timings['tflops']:.3g}"
         self._bar.set_postfix(shown, refresh=False)
 
     def _record_timings(self, step: int, rate: float, wait: float) -> None:
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated() / 2**30
-        else:  # kilobytes on Linux, bytes on macOS
-            unit = 2**30 if platform.system() == "Darwin" else 2**20
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        self._timings = {"pairs_per_second": rate, "data_wait": wait, "peak_memory_gb": peak}
+        self._timings = {
+            "pairs_per_second": rate,
+            "data_wait": wait,
+            "peak_memory_gb": speed.peak_memory_gb(),
+        }
+        if self._flops:
+            achieved = rate / self.accelerator.num_processes * self._flops
+            self._timings["tflops"] = achieved / 1e12  # of each process
+            if most := speed.peak_flops(speed.device_name(), self.config.precision):
+                self._timings["mfu"] = achieved / most
         if self.main:
             append_row(self.folder / "timings.jsonl", {"step": step} | self._timings)
             for name, value in self._timings.items():

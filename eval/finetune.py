@@ -40,6 +40,7 @@ class Settings:
     epochs: int = 60  # arXiv 2002.05709 App. B.5, on 1 % of ImageNet
     base_lr: float = 0.05  # at batch 256 (likewise)
     batch_size: int = 256
+    weight_decay: float = 0.0  # on all parameters (likewise)
     seed: int = 1  # of order, crops and the classifier's initial weights
 
 
@@ -54,7 +55,9 @@ def fine_tune(encoder: Encoder, images: Images, settings: Settings, device: str)
     width = int(network.num_features)  # type: ignore[arg-type]
     classifier = nn.Linear(width, len(images.classes))
     model = nn.Sequential(network, classifier).to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=peak, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
+    )
     program = Batched(train_views(encoder.input))
     orders = (
         batch_indices(step, batch_size=size, count=len(images), seed=settings.seed, drop_last=True)
@@ -95,6 +98,7 @@ def judge(subject: Subject, settings: Settings) -> None:
         lr=settings.base_lr * settings.batch_size / 256,
         probe_epochs=settings.epochs,
         probe_batch_size=settings.batch_size,
+        probe_weight_decay=settings.weight_decay or None,
         probe_seed=settings.seed,
         seconds=time.perf_counter() - began,
     )

@@ -13,6 +13,9 @@ def sgd(network: nn.Module, cfg: Config) -> torch.optim.SGD:
 
     On BatchNorm's gains and all biases too, unlike SimCLR and BYOL. Set `lr` of every group before
     each step: see `lr_at`.
+
+    On GPUs torch updates all tensors in a few calls by itself. Not `fused`, which under fp16 hides
+    from Accelerate that a step was skipped.
     """
     params = [p for p in network.parameters() if p.requires_grad]
     return torch.optim.SGD(params, lr=0.0, momentum=cfg.momentum, weight_decay=cfg.weight_decay)

@@ -45,6 +45,9 @@ def main() -> None:
     set_seed(cfg.seed)
     network = split_batchnorm(MoCo(cfg), cfg.bn_splits // accelerator.num_processes)
     network.to(accelerator.device, dtype, memory_format=torch.channels_last)
+    if cfg.compile:
+        network.encoder_q.encoder.compile()
+        network.encoder_k.encoder.compile()
     optimizer = sgd(network.encoder_q, cfg)
     state = {"model": network, "optimizer": optimizer}
     run.resume(state)
@@ -66,13 +69,13 @@ def main() -> None:
     for step, (view1, view2) in run.steps(pairs):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, cfg, len(images))
-        query_views, key_views = [view1], [view2]
-        if cfg.symmetric:
-            query_views, key_views = [view1, view2], [view2, view1]
+        ways = 1 + cfg.symmetric  # view 1 asks for view 2; and the other way round
+        query_views, key_views = [view1, view2][:ways], [view2, view1][:ways]
         q = query(*query_views)  # (B, D) each
         # PAPER/CODE: the paper moves the key network at the end of a step (Algorithm 1), the code
         # here (builder.py:130): the same sequence, since the first move is that of a copy.
-        network.update_key(cfg.key_momentum)  # Eq. 2
+        if not optimizer.step_was_skipped:  # fp16: the query network is where it was
+            network.update_key(cfg.key_momentum)  # Eq. 2
         with accelerator.autocast():
             shuffles = [permutation(cfg, step, i) for i in range(len(key_views))]
             k = list(map(network.keys, key_views, shuffles))  # (N, D) each, without gradient
@@ -84,7 +87,8 @@ def main() -> None:
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        network.enqueue(torch.cat(k[::-1]))  # keys of view 1 first
+        if not optimizer.step_was_skipped:  # fp16: keys of an overflow may be infinite
+            network.enqueue(torch.cat(k[::-1]))  # keys of view 1 first
         network.average_statistics()
 
         if step == run.first:

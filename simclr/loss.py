@@ -58,7 +58,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tensor, Tensor]
     all1, all2 = all_gather(z1), all_gather(z2)  # (N, D)
     rank = dist.get_rank() if dist.is_initialized() else 0
     positive = torch.arange(len(z1), device=z1.device) + rank * len(z1)  # (B,) column of the anchor
-    itself = F.one_hot(positive, len(all1)).bool()  # (B, N)
+    itself = positive[:, None] == torch.arange(len(all1), device=z1.device)  # (B, N)
 
     def same_view(z: Tensor, every: Tensor) -> Tensor:
         return (z @ every.T / temperature).masked_fill(itself, -torch.inf)

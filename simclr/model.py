@@ -1,13 +1,17 @@
 """SimCLR's networks: encoder f, projection head g, BatchNorm over all processes.
 
 Sec. 2.1 of arXiv 2002.05709 v3; the head of v2 is Sec. 2 of arXiv 2006.10029 v2.
-Symbols: B images per process, F features of h = f(x), D dimension of z = g(h).
+Symbols: B images per process, F features of h = f(x), D dimension of z = g(h), K chunks of a batch.
 """
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import Config
 
@@ -19,15 +23,53 @@ class SimCLR(nn.Module):
         super().__init__()
         self.encoder = build_encoder(cfg.arch, cfg.stem)
         self.head = projection_head(self.encoder.num_features, cfg.head_layers, cfg.head_dim)
+        self.chunks = cfg.batch_size // cfg.cache_chunk if cfg.cache_chunk else 1
         init_weights(self)
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) twice to (B, D) twice, not normalised.
+        """(B, 3, H, W) twice to (B, D) twice, not normalised."""
+        return self.cached(view1, view2) if self.chunks > 1 else self.embed(view1, view2)
+
+    def embed(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) twice to (B, D) twice.
 
         Both views go through the networks together, so that BatchNorm sees 2B images (CODE
         model.py:58-68). Two calls would give other statistics and other gradients.
         """
         z1, z2 = self.head(self.encoder(torch.cat([view1, view2]))).chunk(2)
+        return z1, z2
+
+    def cached(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+        """`embed` in K chunks, with the memory of one: gradient caching (arXiv 2101.06983).
+
+        The z of every chunk are kept, its activations are not. The loss is taken over all z as
+        ever; its gradient reaches the z, and then each chunk goes through the networks a second
+        time, to be differentiated at once. The gradients are exact, for a forward pass more.
+
+        What differs: BatchNorm sees the 2B / K images of a chunk. Its running statistics move once
+        a step, by the mean of the chunks' (the second pass does not touch them).
+
+        A chunk is every K-th image, so that it holds the same ones on any number of processes.
+        """
+        moving = list(self.buffers())
+        parts, moved = [], []
+        for k in range(self.chunks):
+            with _unmoved(moving):
+                z = checkpoint(
+                    self.embed,
+                    view1[k :: self.chunks],
+                    view2[k :: self.chunks],
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing here is random
+                    context_fn=lambda: (nullcontext(), _unmoved(moving)),  # of either pass
+                )
+                moved.append([b.clone() for b in moving])
+            parts.append(z)
+            # else chunks share one low-precision copy of the weights, and sum their gradients in it
+            torch.clear_autocast_cache()
+        for b, after in zip(moving, zip(*moved, strict=True), strict=True):
+            b.copy_(sum(after) / self.chunks)
+        z1, z2 = (torch.stack(z, dim=1).flatten(0, 1) for z in zip(*parts, strict=True))
         return z1, z2
 
     def representation(self, images: Tensor, head_layer: int = 0) -> Tensor:
@@ -38,6 +80,17 @@ class SimCLR(nn.Module):
         number of layers gives z.
         """
         return self.head[: 3 * head_layer](self.encoder(images))
+
+
+@contextmanager
+def _unmoved(buffers: Sequence[Tensor]) -> Iterator[None]:
+    """Afterwards `buffers` are as they were before."""
+    before = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        for b, value in zip(buffers, before, strict=True):
+            b.copy_(value)
 
 
 def build_encoder(arch: str, stem: str) -> nn.Module:

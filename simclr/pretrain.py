@@ -34,6 +34,7 @@ def main() -> None:
     # images in, view pairs out
     images = open_images(cfg.data, cfg.split, **columns)
     cli.check_batch(cfg.batch_size, len(images), accelerator.num_processes)
+    check_chunk(cfg, accelerator.num_processes)
     run = Run(cfg, "simclr", recipe, accelerator, len(images), total_steps(cfg, len(images)))
     run.say(images.load(cfg.memory_gb))
     pairs = Pairs.of_run(images, augment.views(cfg), cfg, accelerator, dtype=dtype)
@@ -41,6 +42,8 @@ def main() -> None:
     # f and g, their optimiser, and what goes into a checkpoint
     set_seed(cfg.seed)
     network = globalize(SimCLR(cfg)).to(dtype=dtype, memory_format=torch.channels_last)
+    if cfg.compile:
+        network.encoder.compile()
     optimizer = LARS(parameter_groups(network, cfg.weight_decay), cfg.momentum)
     state = {"model": network, "optimizer": optimizer}
     run.resume(state)
@@ -76,6 +79,20 @@ def main() -> None:
             run.save(step + 1, state)
             run.export(step + 1, network.encoder, network.head, **about)
     run.finish()
+
+
+def check_chunk(cfg: Config, processes: int) -> None:
+    """Refuse chunks that do not make up the batch or cannot be shared.
+
+    Raises:
+        UserError: with what to change.
+    """
+    chunk = cfg.cache_chunk
+    if chunk and (chunk < 1 or chunk % processes or cfg.batch_size % chunk):
+        raise cli.UserError(
+            f"--cache-chunk {chunk}: must divide --batch-size {cfg.batch_size} and be a multiple "
+            f"of the {processes} processes; 0 for the whole batch at once"
+        )
 
 
 if __name__ == "__main__":

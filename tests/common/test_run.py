@@ -24,6 +24,10 @@ class Config:
     workers: int = 2
     memory_gb: float = 1.0
     processes: int = 0
+    compile: bool = False
+    estimate: bool = False
+    profile: bool = False
+    precision: str = "fp32"
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +91,8 @@ def test_another_config_is_refused_by_the_fields_that_differ(open_run):
 
 def test_free_fields_may_differ(open_run):
     open_run()
-    changed = {"workers": 5, "memory_gb": 9.0, "processes": 1}
-    assert {*changed, "out"} == FREE
+    changed = {"workers": 5, "memory_gb": 9.0, "processes": 1, "compile": True, "profile": True}
+    assert {*changed, "out", "estimate"} == FREE
     run = open_run(**changed)
     assert read_json(run.folder / "config.json")["config"]["workers"] == 5
 
@@ -112,6 +116,13 @@ def test_launched_processes_are_counted():
     assert launch("fp32", 0).num_processes == launch("fp32", 1).num_processes == 1
     with pytest.raises(UserError, match="--processes 2 asked for, 1 launched"):
         launch("fp32", 2)
+
+
+def test_single_precision_is_full_but_in_convolutions():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    launch("fp32", 0)
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

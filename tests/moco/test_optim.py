@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 
 from moco.config import CIFAR10, DEMO, MOCO_V1, MOCO_V2
 from moco.model import MoCo
@@ -36,6 +38,24 @@ def test_against_the_rule():
         w = [x - lr * b for x, b in zip(w, v, strict=True)]
         for p, x in zip(module.parameters(), w, strict=True):
             assert abs(p.item() - x) < 1e-14
+
+
+def test_an_overflow_is_reported():
+    """Accelerate's wrapper over the real scaler: with a fused optimiser it would be hidden."""
+    Accelerator(cpu=True)
+    cfg = replace(DEMO, queue_size=8)
+    network = MoCo(cfg).encoder_q
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = AcceleratedOptimizer(sgd(network, cfg), scaler=scaler)
+    optimizer.param_groups[0]["lr"] = 1.0
+    weight = network.head[0].weight
+    for factor, skipped in ((1.0, False), (torch.inf, True), (1.0, False)):
+        before = weight.detach().clone()
+        scaler.scale(network.head[0](torch.ones(2, 128)).square().sum() * factor).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.step_was_skipped == skipped
+        assert torch.equal(before, weight) == skipped
 
 
 def test_epochs_end_at_their_last_whole_batch():

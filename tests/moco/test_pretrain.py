@@ -11,6 +11,7 @@ from math import log
 import numpy as np
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from PIL import Image
 from safetensors import safe_open
 
@@ -198,6 +199,36 @@ def test_killed_and_started_again_is_the_uninterrupted_run_bit_for_bit(source, w
         one, other = checkpoint(whole, step), checkpoint(killed, step)
         assert {"queue", "queue_ptr", "queue_fill"} < set(one["model"])
         assert same(one, other)
+
+
+def test_nothing_moves_where_an_optimiser_step_was_skipped(source, tmp_path, monkeypatch):
+    """A stand-in for an overflow in float16 at step 7: its keys, NaN, stay out of the queue, and
+    the key network does not follow a query network that has not moved."""
+    real, calls, moves = AcceleratedOptimizer.step, [], []
+    keys, update = MoCo.keys, MoCo.update_key
+
+    def overflowing(optimizer, closure=None):
+        calls.append(optimizer)
+        optimizer._is_overflow = len(calls) == 8
+        if not optimizer._is_overflow:
+            real(optimizer, closure)
+
+    def infinite(network, views, permutation):
+        return keys(network, views, permutation) * (torch.nan if len(calls) == 7 else 1)
+
+    def moved(network, momentum):
+        moves.append(len(calls))
+        update(network, momentum)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", overflowing)
+    monkeypatch.setattr(MoCo, "keys", infinite)
+    monkeypatch.setattr(MoCo, "update_key", moved)
+    run_main(*flags(source, tmp_path / "run", "--knn-every", "0", "--log-every", "2"))
+    assert len(calls) == STEPS and np.isfinite(column(tmp_path / "run", "loss")).all()
+    assert moves == [step for step in range(STEPS) if step != 8]
+    state = checkpoint(tmp_path / "run", STEPS)["model"]
+    assert state["queue"].isfinite().all()
+    assert state["queue_ptr"].item() == (STEPS - 1) * 2 * BATCH % QUEUE
 
 
 def test_another_queue_is_refused(source, whole):

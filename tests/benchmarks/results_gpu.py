@@ -1,0 +1,192 @@
+"""The CIFAR-10 table on a GPU: every row that is missing, in order, without anybody watching.
+
+    make results-gpu
+    python tests/benchmarks/results_gpu.py --data uoft-cs/cifar10 --budget-minutes 120 --only moco
+
+Each job pretrains, judges and adds its rows to `results/`, from which RESULTS.md is made. A row
+that is there is not measured again; stopped anywhere, the queue goes on where it was. The output of
+all commands of a job is kept beside its run, in OUT/NAME.log.
+"""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from common import cli
+from common.run import read_json
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Measure the rows of the CIFAR-10 table that are missing."""
+
+    data: str = "uoft-cs/cifar10"  # where the images are, as everywhere
+    out: str = "runs/results-gpu"  # a folder for each run and its log
+    keep: str = "results"  # the rows that there are, and will be
+    budget_minutes: float = 0.0  # stop after so long, 0: when all is done
+    only: str = ""  # jobs whose name holds this, e.g. byol, 200ep, seed2, r50
+    cpu: bool = False  # go on without a GPU
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run and how it is judged."""
+
+    method: str
+    recipe: str
+    epochs: int
+    seed: int = 1
+    arch: str = "resnet18"
+    batch_size: int = 512
+    supervised: bool = False  # judge the supervised twin of this run instead
+    flags: tuple[str, ...] = ("--precision", "bf16")
+
+    @property
+    def run(self) -> str:
+        """The run's name; a supervised twin is judged beside the run that it twins."""
+        arch = self.arch.replace("resnet", "r")
+        return f"{self.method}-{self.recipe}-{arch}-{self.epochs}ep-seed{self.seed}"
+
+    @property
+    def name(self) -> str:
+        return self.run + "-supervised" * self.supervised
+
+    def pretraining(self, data: str, folder: Path) -> list[str]:
+        given = {"data": data, "out": folder, "epochs": self.epochs, "seed": self.seed}
+        given |= {"arch": self.arch, "batch-size": self.batch_size}
+        words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        return [f"{self.method}.pretrain", self.recipe, *words, *self.flags]
+
+    def judgements(self, folder: Path) -> dict[tuple[str, str], list[str]]:
+        """(protocol, subject) to the command that measures it.
+
+        Every method by its own linear protocol and by SimCLR's, so that methods compare; MoCo by
+        kNN on its output as well, as its notebook has it.
+        """
+        run = str(folder)
+        if self.supervised:  # weight decay and rate that are usual for ResNets on CIFAR-10
+            usual = ["--batch-size", "128", "--base-lr", "0.2", "--weight-decay", "5e-4"]
+            twin = ["eval.finetune", run, "--weights", "random", "--epochs", str(self.epochs)]
+            return {("finetune-100", "random"): [*twin, *usual]}
+        found = {("knn200", "encoder"): ["eval.knn", run, "--k", "200"]}
+        if self.method == "moco":
+            found["knn200-output", "encoder"] = ["eval.knn", run, "--k", "200", "--layer", "-1"]
+        for protocol in dict.fromkeys((self.method, "simclr")):
+            command = ["eval.linear", run, "--protocol", protocol]
+            found[f"linear-{protocol}", "encoder"] = command
+        return found
+
+
+def all_methods(epochs: int, seed: int = 1) -> list[Job]:
+    recipes = ("simclr", "cifar10"), ("moco", "cifar10"), ("moco", "cifar10-symmetric")
+    return [Job(*names, epochs, seed) for names in (*recipes, ("byol", "cifar10"))]
+
+
+QUEUE = [
+    *all_methods(200),
+    Job("simclr", "cifar10", 200, supervised=True),
+    Job("simclr", "cifar10", 1000),  # as many epochs as the published rows
+    Job("moco", "cifar10", 800),
+    Job("moco", "cifar10-symmetric", 800),
+    Job("byol", "cifar10", 1000),
+    *all_methods(200, seed=2),
+    *all_methods(200, seed=3),
+    Job("simclr", "cifar10-r50", 200, arch="resnet50", batch_size=1024),
+    Job("moco", "cifar10-symmetric", 200, arch="resnet50"),
+    Job("byol", "cifar10", 200, arch="resnet50"),
+    Job("simclr", "cifar10-r50", 1000, arch="resnet50", batch_size=1024),
+]
+
+
+def is_there(rows: list[dict[str, Any]], job: Job, protocol: str, subject: str) -> bool:
+    """Whether a kept row is this judgement of this job."""
+    return any(
+        row.get("method") == job.method
+        and row.get("recipe") == job.recipe
+        and row.get("arch") == job.arch
+        and row.get("seed") == job.seed
+        and abs(row["epochs"] - job.epochs) <= 0.01 * job.epochs
+        and row["protocol"] == protocol
+        and row["subject"] == subject
+        for row in rows
+        if row.get("protocol")
+    )
+
+
+def kept(folder: str) -> list[dict[str, Any]]:
+    return [read_json(path) for path in sorted(Path(folder).glob("*.json"))]
+
+
+class OutOfTime(Exception):
+    """The budget is spent; what was begun goes on with the next call."""
+
+
+def execute(command: list[str], log: Path, deadline: float) -> bool:
+    """Run `python -m COMMAND`, its output added to `log`; whether it succeeded."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        print("$ python -m", *command, file=file, flush=True)
+        child = subprocess.Popen(
+            [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            return child.wait(max(0.0, deadline - time.monotonic())) == 0
+        except subprocess.TimeoutExpired:
+            raise OutOfTime from None
+        finally:
+            child.terminate()  # a run writes what it has, and stops
+            try:
+                child.wait(60)
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+
+def work(job: Job, settings: Settings, deadline: float) -> bool:
+    """Measure what is missing of a job; whether nothing failed."""
+    folder, log = Path(settings.out) / job.run, Path(settings.out) / f"{job.name}.log"
+    rows = kept(settings.keep)
+    judgements = job.judgements(folder)
+    missing = [c for (p, s), c in judgements.items() if not is_there(rows, job, p, s)]
+    if not missing:
+        print(f"{job.name:<44} there", flush=True)
+        return True
+    began = time.monotonic()
+    commands = [job.pretraining(settings.data, folder)]
+    for command in missing:
+        commands += [command, ["eval.compare", str(folder), "--keep", settings.keep]]
+    for command in commands:
+        if not execute(command, log, deadline):
+            print(f"{job.name:<44} FAILED: {command[0]}, see {log}", flush=True)
+            return False
+    print(f"{job.name:<44} {(time.monotonic() - began) / 60:.1f} min", flush=True)
+    return True
+
+
+def main() -> None:
+    settings = tyro.cli(Settings, prog="results_gpu.py", description=__doc__)
+    if not (settings.cpu or torch.cuda.is_available()):
+        raise cli.UserError("no GPU: these rows are measured on one; --cpu to go on without")
+    jobs = [job for job in QUEUE if settings.only in job.name]
+    if not jobs:
+        names = ", ".join(job.name for job in QUEUE)
+        raise cli.UserError(f"--only {settings.only}: none of {names}")
+    budget = settings.budget_minutes * 60 or float("inf")
+    deadline = time.monotonic() + min(budget, 1e9)
+    done = []
+    try:
+        for job in jobs:
+            done.append(work(job, settings, deadline))
+    except OutOfTime:
+        print(f"out of time at {jobs[len(done)].name}; the same command goes on from there")
+    if not all(done):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)
