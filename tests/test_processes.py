@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -24,11 +23,13 @@ DRIFT = 3  # how much farther from float64 than float32 alone takes one process,
 
 
 def settings(method, out, *more):
-    """Thirty steps of the demo at its own peak rate, reached after three where there is warm-up."""
-    demo = import_module(f"{method}.config").DEMO
+    """Thirty steps of the demo at its own rate, with a tenth of them to warm up where it has that.
+
+    MoCo's queue is short enough to be filled and written round.
+    """
     given = {
-        "out": out, "batch-size": BATCH, "base-lr": demo.base_lr * demo.batch_size / BATCH,
-        "log-every": 1, "knn-every": 0, "save-every": 9, "memory-gb": 1,
+        "out": out, "batch-size": BATCH, "log-every": 1, "knn-every": 0, "save-every": 9,
+        "image-size": 12,
         "epochs": (STEPS + (method != "simclr") * 0.5) * BATCH / IMAGES,
     }  # fmt: skip
     if method == "moco":  # whose epochs end at their last whole batch
@@ -91,8 +92,8 @@ def test_in_double_precision(runs, processes):
     one, many = runs["fp64", 1], runs["fp64", processes]
     steps = rows_of(one)
     assert len(steps) >= STEPS and abs(steps[-1]["loss"] - steps[0]["loss"]) > 0.1
-    assert apart([row["loss"] for row in steps], losses(many).tolist()) < 1e-10
-    assert apart(steps, rows_of(many)) < 1e-9
+    assert np.abs(losses(one) - losses(many)).max() < 1e-10
+    assert apart(steps, rows_of(many)) < 1e-7  # contrastive_top1 is a float32
     assert apart(checkpoints(one), checkpoints(many)) < 1e-9
     assert apart(exported(one)[0], exported(many)[0]) < 1e-6  # it holds float32
     assert exported(one)[1] == exported(many)[1]
@@ -119,7 +120,7 @@ def test_going_on_with_another_number_of_processes(method, runs, tmp_path):
     log = tmp_path / "log"
     assert ended(forked(method, settings(method, out, *argv), log, 2)) == [0, 0], log.read_text()
     assert "going on from step" in log.read_text()
-    assert apart(rows_of(whole), rows_of(out)) < 1e-9
+    assert apart(rows_of(whole), rows_of(out)) < 1e-7
     last = f"step-{len(rows_of(whole)):08d}.pt"
     assert apart(checkpoints(whole)[last], checkpoints(out)[last]) < 1e-9
 
@@ -163,7 +164,7 @@ def test_two_machines(tmp_path):
         said, _ = launcher.communicate(timeout=300)
         assert launcher.returncode == 0, said
     one = run_on(1, "simclr", tmp_path / "one", "--precision", "fp64")
-    assert apart(rows_of(one), rows_of(tmp_path / "two")) < 1e-9
+    assert np.abs(losses(one) - losses(tmp_path / "two")).max() < 1e-10
 
 
 @pytest.mark.gpu
