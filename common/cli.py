@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import tyro
 
+from common import faults
+
 C = TypeVar("C")
 
 TINY = 1e-6  # least value of what must be more than 0
@@ -119,13 +121,20 @@ def check_batch(batch_size: int, images: int, processes: int) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; turn `UserError` into one line on stderr and exit status 2.
+    """Call `main`; turn `UserError` and the machine's faults into one line and exit status 2.
 
-    Under a launcher every process meets the same mistake: only rank 0 prints it.
+    Under a launcher every process meets the same mistake, which only rank 0 prints; but a full
+    disk or a lost process may be met by any.
     """
     try:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        line = faults.explained(error)
+        if line is None:
+            raise
+        print("error:", line, file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.utils import make_grid
@@ -33,12 +36,14 @@ from tqdm import tqdm
 
 from common import speed
 from common.cli import UserError
+from common.faults import Stop
 from common.views import Pairs
 
 DTYPES = {"fp64": torch.float64}  # the other precisions keep float32 views and weights
 FREE = frozenset(  # may differ when a run goes on
     {"out", "workers", "memory_gb", "processes", "compile", "profile", "estimate"}
 )
+ASIDE = (".config.json", ".encoder.safetensors", "checkpoints/.step-*.pt")  # see `written_aside`
 
 
 def launch(precision: str, processes: int) -> Accelerator:
@@ -99,6 +104,7 @@ class Run:
         self.first = 0
         if total < 1:
             raise UserError(f"--epochs: too few for one step on {count:,} images")
+        self._parts: Mapping[str, Any] = {}  # of a checkpoint
         self._row: dict[str, Any] = {}  # of the step under way
         self._timings: dict[str, float] = {}
         self._parameters: list[nn.Parameter] = []
@@ -124,13 +130,14 @@ class Run:
             except (AttributeError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: not of a run; give another --out") from error
         if self.main:
-            try:
+            with written(self.folder):
                 (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
                 (self.folder / "results").mkdir(exist_ok=True)
-                record["launches"].append(provenance(self.accelerator.num_processes))
-                write_atomically(path, json.dumps(record, indent=2).encode() + b"\n")
-            except OSError as error:
-                raise UserError(f"--out {self.folder}: cannot be written ({error})") from error
+                for name in ASIDE:  # left by a kill within `written_aside`
+                    for left in self.folder.glob(f"{name}.[0-9]*"):
+                        left.unlink()
+            record["launches"].append(provenance(self.accelerator.num_processes))
+            write_atomically(path, json.dumps(record, indent=2).encode() + b"\n")
 
     def _refuse_if_other(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         a, b = ({"method": r["method"], "images": r["images"]} | r["config"] for r in (old, new))
@@ -145,39 +152,70 @@ class Run:
     # ---- checkpoints ----
 
     def resume(self, parts: Mapping[str, Any]) -> None:
-        """Load the newest readable checkpoint into `parts`; `first` is then the next step."""
+        """Load the newest readable checkpoint into `parts`; `first` is then the next step.
+
+        The main process chooses, so that all load the same one.
+
+        Raises:
+            UserError: another process cannot read it.
+        """
         self._parameters = speed.trained_parameters(*parts.values())
         if self.config.estimate:
             return
-        for path in sorted((self.folder / "checkpoints").glob("step-*.pt"), reverse=True):
+        self._parts = self._with_scaler(parts)
+        state = self._newest() if self.main else None
+        [self.first] = broadcast_object_list([state["step"] if state else 0])
+        if self.first and not self.main:
+            path = self._checkpoint(self.first)
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # torn or damaged: the one before it is kept for this
-                self.say(f"{path}: cannot be read ({type(error).__name__}); trying the one before")
-                continue
-            for name, part in self._with_scaler(parts).items():
+            except Exception as error:
+                raise UserError(f"{path}: machines must share --out to go on ({error})") from error
+        if state:
+            for name, part in self._parts.items():
                 part.load_state_dict(state[name])
-            self.first = state["step"]
-            break
         if self.main:
             for name in ("metrics.jsonl", "timings.jsonl"):
                 drop_rows_from(self.folder / name, self.first)
         if self.first:
             self.say(f"going on from step {self.first:,} of {self.total:,}")
 
+    def _newest(self) -> dict[str, Any] | None:
+        for path in sorted((self.folder / "checkpoints").glob("step-*.pt"), reverse=True):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # torn or damaged: the one before it is kept for this
+                self.say(f"{path}: cannot be read ({type(error).__name__}); trying the one before")
+        return None
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:08d}.pt"
+
     def save(self, step: int, parts: Mapping[str, Any]) -> None:
-        """Write the state after `step` steps; keep the last two."""
+        """Write the state after `step` steps; keep the last two.
+
+        Raises:
+            UserError: a value in it is not finite (on all processes), or the disk is full.
+        """
+        parts = self._with_scaler(parts)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        self._refuse_unless_finite(step, state)
         if not self.main:
             return
         self._write_row()  # a checkpoint must not be ahead of the metrics
-        parts = self._with_scaler(parts)
-        state = {"step": step} | {name: part.state_dict() for name, part in parts.items()}
-        folder = self.folder / "checkpoints"
-        target = folder / f"step-{step:08d}.pt"
-        with written_aside(target) as aside:
-            torch.save(state, aside)
-        for old in sorted(folder.glob("step-*.pt"))[:-2]:
+        with written_aside(self._checkpoint(step)) as aside:
+            torch.save({"step": step} | state, aside)
+        for old in sorted((self.folder / "checkpoints").glob("step-*.pt"))[:-2]:
             old.unlink()
+
+    def _refuse_unless_finite(self, step: int, values: Any) -> None:
+        """No file is written of weights that are lost: the last one that was is kept."""
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors_in(values)):
+            raise UserError(
+                f"the loss or a weight is NaN or infinite at step {step:,}; the last checkpoint "
+                "is kept. Try a lower --base-lr, a longer warm-up or --precision fp32, in another "
+                "--out"
+            )
 
     def _with_scaler(self, parts: Mapping[str, Any]) -> dict[str, Any]:
         scaler = self.accelerator.scaler  # of fp16 only
@@ -187,7 +225,12 @@ class Run:
         """Write `encoder.safetensors`: the encoder's tensors, the head's under `head.`, metadata.
 
         Floating-point tensors are written as float32 whatever the run's precision.
+
+        Raises:
+            UserError: as `save`, before which it is called: a run killed between the two does
+                its last steps again and misses neither file.
         """
+        self._refuse_unless_finite(step, [encoder.state_dict(), head.state_dict()])
         if not self.main:
             return
         tensors = dict(encoder.state_dict())
@@ -212,7 +255,11 @@ class Run:
     # ---- the loop ----
 
     def steps(self, pairs: Pairs) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """(step, (view1, view2)) for every step still to do, behind a progress bar."""
+        """(step, (view1, view2)) for every step still to do, behind a progress bar.
+
+        After SIGTERM or SIGINT the step is finished, a checkpoint written, and the process exits
+        with status 128 plus the signal's number.
+        """
         if self.config.estimate:
             trained = sum(p.nbytes for p in self._parameters)
             yield from enumerate(speed.tried(pairs(0, self.total), trained, self._report))
@@ -227,24 +274,36 @@ class Run:
             disable=not self.main,
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
-        stream = self._watched(pairs(self.first, self.total))
-        began, waited, done = time.perf_counter(), 0.0, 0
-        for step in range(self.first, self.total):
-            asked = time.perf_counter()
-            views = next(stream)
-            waited += time.perf_counter() - asked
-            yield step, views
-            self._write_row()
-            done += 1
-            self._bar.update(self.config.batch_size)
-            if self.logs(step):
-                spent = time.perf_counter() - began
-                rate = done * self.config.batch_size / spent
-                self._record_timings(step, rate, waited / spent)
-                began, waited, done = time.perf_counter(), 0.0, 0
+        stop = Stop(self.accelerator.num_processes)
+        with stop:  # before decoding workers start, which keep what they find
+            stream = self._watched(pairs(self.first, self.total))
+            began, waited, done = time.perf_counter(), 0.0, 0
+            for step in range(self.first, self.total):
+                asked = time.perf_counter()
+                views = next(stream)
+                waited += time.perf_counter() - asked
+                yield step, views
+                self._write_row()
+                done += 1
+                self._bar.update(self.config.batch_size)
+                if self.logs(step):
+                    spent = time.perf_counter() - began
+                    rate = done * self.config.batch_size / spent
+                    self._record_timings(step, rate, waited / spent)
+                    began, waited, done = time.perf_counter(), 0.0, 0
+                if (signum := stop.asked()) and step + 1 < self.total:
+                    self._stop(step + 1, signum)
         self._bar.close()
         if pairs.images.bad:
             self.say(pairs.images.report_bad())
+
+    def _stop(self, step: int, signum: int) -> None:
+        self.save(step, self._parts)
+        self._bar.close()
+        name = signal.Signals(signum).name
+        self.say(f"stopped by {name} after step {step:,}; the same command goes on from there")
+        self.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has
+        sys.exit(128 + signum)
 
     def _watched(self, stream: Iterator[speed.Views]) -> Iterator[speed.Views]:
         stream = speed.counted(stream, self._know_flops)
@@ -293,10 +352,15 @@ class Run:
         """Scalars that depend on the config alone, for the one line of this step.
 
         A tensor is averaged over the processes: all of them must call.
+
+        Raises:
+            UserError: the loss is not finite.
         """
         for name, value in values.items():
             if isinstance(value, Tensor):
                 value = self.accelerator.reduce(value.detach(), "mean").item()
+            if name == "loss":
+                self._refuse_unless_finite(step, [torch.as_tensor(value)])
             self._row[name] = value
         self._row["step"] = step
 
@@ -368,16 +432,34 @@ class Run:
 
 
 @contextlib.contextmanager
+def written(target: Path) -> Iterator[None]:
+    """What fails in here is told as a `target` that cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save's is a RuntimeError
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"{target}: cannot be written ({reason}); once it can, give the same command again"
+        ) from error
+
+
+@contextlib.contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `target` once it is whole and on the disk."""
+    """A path to write to, renamed to `target` once it is whole and on the disk.
+
+    Raises:
+        UserError: it cannot be written; what was there before stays.
+    """
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        yield aside
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, target)
+        with written(target):
+            yield aside
+            with open(aside, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, target)
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def write_atomically(target: Path, content: bytes) -> None:
@@ -386,8 +468,17 @@ def write_atomically(target: Path, content: bytes) -> None:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    with open(path, "a") as file:
+    with written(path), open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors of a state dict, at any depth."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Mapping | list | tuple):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from tensors_in(value)
 
 
 def drop_rows_from(path: Path, step: int) -> None:

@@ -22,7 +22,7 @@ def panel(z1: Tensor, z2: Tensor) -> dict[str, float]:
     """
     z1, z2 = (F.normalize(z.double(), dim=1) for z in (z1, z2))
     both = torch.cat([z1, z2])
-    singular = torch.linalg.svdvals(both)
+    singular = torch.linalg.svdvals(both.nan_to_num())  # it fails on NaN; the others show one
     share = singular / singular.sum()
     entropy = -(share * (share + 1e-12).log()).sum()
     potentials = [torch.pdist(z).square().mul(-2).exp().mean() for z in (z1, z2)]

@@ -104,8 +104,8 @@ def main() -> None:
             run.log(step, knn=monitor(encoder, accelerator.device))
             run.log(step, knn_output=monitor(nn.Sequential(encoder, head), accelerator.device))
         if run.due(step, cfg.save_every):
-            run.save(step + 1, state)
             run.export(step + 1, encoder, head, **about)
+            run.save(step + 1, state)
     run.finish()
 
 

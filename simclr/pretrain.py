@@ -76,8 +76,8 @@ def main() -> None:
         if monitor and run.due(step, cfg.knn_every):
             run.log(step, knn=monitor(network.encoder, accelerator.device))
         if run.due(step, cfg.save_every):
-            run.save(step + 1, state)
             run.export(step + 1, network.encoder, network.head, **about)
+            run.save(step + 1, state)
     run.finish()
 
 

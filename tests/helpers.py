@@ -2,6 +2,7 @@
 
 golden("simclr_lars")                    the arrays of tests/golden/simclr_lars.npz
 run_processes(function, 2, x)            [function(0, 2, x), function(1, 2, x)] over gloo
+forked("moco", argv, log, 2)             `python -m moco.pretrain ARGV` on two processes, at once
 """
 
 import functools
@@ -9,7 +10,9 @@ import gzip
 import importlib.util
 import inspect
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+
+from common import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -133,6 +139,114 @@ def _child(source: str, name: str, folder: Path) -> None:
     torch.save(result, folder / f"result-{rank}.pt")
     dist.barrier()  # nobody leaves while another still waits for it
     dist.destroy_process_group()
+
+
+# ---- real commands, without the seconds of their imports -----------------------------------------
+
+
+def forked(
+    method: str,
+    argv: list[Any],
+    log: Path,
+    processes: int = 1,
+    before: Callable[[], None] | None = None,
+) -> list[Any]:
+    """`METHOD.pretrain.main` with `argv` on as many processes, each of them forked from a server
+    that has imported everything, with what `accelerate launch` would put in its environment.
+
+    Args:
+        log: where their stdout and stderr are appended.
+        before: called in each process first, e.g. to have it killed at some moment.
+
+    Returns:
+        `multiprocessing.Process` objects, started.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    os.environ["PYTHONPATH"] = str(ROOT)  # of the server, which is started once
+    forks.set_forkserver_preload(
+        ["torch.utils.tensorboard", "tests.helpers", *(f"{name}.pretrain" for name in METHODS)]
+    )
+    linked = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    linked |= {"MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+    children = []
+    for rank in range(processes):
+        named = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | linked if processes > 1 else {}
+        work = (method, [str(word) for word in argv], log, named, before)
+        children.append(forks.Process(target=_command, args=work))
+        children[-1].start()
+    return children
+
+
+def _command(
+    method: str,
+    argv: list[str],
+    log: Path,
+    environment: dict[str, str],
+    before: Callable[[], None] | None,
+) -> None:
+    os.environ |= environment | {"CUDA_VISIBLE_DEVICES": ""}
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = [f"{method}.pretrain", *argv]
+    if before:
+        before()
+    cli.run(importlib.import_module(f"{method}.pretrain").main)
+
+
+def ended(children: list[Any], timeout: float = 300) -> list[int | None]:
+    """The exit statuses of `forked` processes; whoever is late is killed."""
+    deadline = time.monotonic() + timeout
+    for child in children:
+        child.join(max(0, deadline - time.monotonic()))
+        child.kill()
+        child.join()
+    return [child.exitcode for child in children]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+# ---- what a run left -----------------------------------------------------------------------------
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def exported(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of encoder.safetensors."""
+    with safe_open(run / "encoder.safetensors", framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def checkpoints(run: Path) -> dict[str, dict[str, Any]]:
+    return {path.name: torch.load(path) for path in sorted((run / "checkpoints").iterdir())}
+
+
+def leaves(values: Any, name: str = "") -> dict[str, Any]:
+    """Everything in a state dict by its path."""
+    if isinstance(values, dict | list | tuple):
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        return {k: v for key, value in pairs for k, v in leaves(value, f"{name}/{key}").items()}
+    return {name: values}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Metrics, encoder file and checkpoints are equal bit for bit."""
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    files = [leaves([*exported(run), checkpoints(run)]) for run in (one, other)]
+    assert files[0].keys() == files[1].keys() and len(files[0]) > 50
+    for name, value in files[0].items():
+        theirs = files[1][name]
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == theirs.dtype and torch.equal(value, theirs), name
+        else:
+            assert value == theirs, name
 
 
 if __name__ == "__main__":

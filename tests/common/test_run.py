@@ -194,7 +194,7 @@ def test_what_a_kill_left_aside_is_not_a_checkpoint(open_run):
 def test_written_aside_leaves_the_old_file_on_failure(tmp_path):
     target = tmp_path / "file"
     target.write_text("old")
-    with pytest.raises(OSError), written_aside(target) as aside:
+    with pytest.raises(UserError, match="cannot be written"), written_aside(target) as aside:
         aside.write_text("new")
         assert target.read_text() == "old"
         raise OSError
