@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ class Stop:
 
     def __init__(self, processes: int) -> None:
         self.received = 0
-        self.group = dist.new_group(backend="gloo") if processes > 1 else None
+        self.group: Any = dist.new_group(backend="gloo") if processes > 1 else None
 
     def __enter__(self) -> "Stop":
         self.before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}

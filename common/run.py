@@ -149,8 +149,9 @@ class Run:
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:
                 raise UserError(f"{path}: machines must share --out to go on ({error})") from error
-        for name, part in self._parts.items() if state else ():
-            part.load_state_dict(state[name])
+        if state:
+            for name, part in self._parts.items():
+                part.load_state_dict(state[name])
         if self.main:
             for name in ("metrics.jsonl", "timings.jsonl"):
                 drop_rows_from(self.folder / name, self.first)
@@ -376,6 +377,8 @@ def written(target: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save's is a RuntimeError
         reason = str(error).partition("\n")[0][:200]
+        if "inline_container" in reason:  # torch.save's words, which do not name the cause
+            reason = "the disk is full, or gone"
         raise UserError(
             f"{target}: cannot be written ({reason}); once it can, give the same command again"
         ) from error

@@ -63,7 +63,7 @@ def kills(method: str, count: int, seed: int, folder: Path, log_every: int = 1) 
     Every fourth is killed within a checkpoint, the others anywhere, while they start as well.
     """
     draw, log = random.Random(seed), folder / "log"
-    steps, save_every = 15 * count, 4
+    steps, save_every = 10 * count, 4
     argv = [steps, save_every, "--log-every", log_every]
 
     def start(out: Path, before: Callable[[], None] | None = None) -> Any:
