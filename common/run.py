@@ -222,7 +222,7 @@ class Run:
             "method": self.method,
             "recipe": self.recipe,
             "epochs": round(epochs, 3),
-            "head": [type(layer).__name__ for layer in head],
+            "head": [kind(layer) for layer in head],
             "finished": step >= self.total,
             "commit": commit(),
         }
@@ -411,6 +411,12 @@ def write_atomically(target: Path, content: bytes) -> None:
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     with written(path), open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def kind(layer: nn.Module) -> str:
+    """The class of a head's layer, the same however many processes its statistics came from."""
+    normalizes = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    return "BatchNorm1d" if normalizes else type(layer).__name__
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
