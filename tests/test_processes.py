@@ -23,12 +23,13 @@ DRIFT = 3  # how much farther from float64 than float32 alone takes one process,
 
 
 def settings(method, out, *more):
-    """Thirty steps of the demo at its own rate, with a tenth of them to warm up where it has that.
+    """Thirty steps of the demo at its own rate and 12 px, the first tenth to warm up.
 
     MoCo's queue is short enough to be filled and written round.
     """
     given = {
         "out": out, "batch-size": BATCH, "log-every": 1, "knn-every": 0, "save-every": 9,
+        "image-size": 12,
         "epochs": (STEPS + (method != "simclr") * 0.5) * BATCH / IMAGES,
     }  # fmt: skip
     if method == "moco":  # whose epochs end at their last whole batch
