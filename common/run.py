@@ -244,7 +244,7 @@ class Run:
             "method": self.method,
             "recipe": self.recipe,
             "epochs": round(epochs, 3),
-            "head": [type(layer).__name__ for layer in head],
+            "head": [kind(layer) for layer in head],
             "finished": step >= self.total,
             "commit": commit(),
         }
@@ -438,6 +438,8 @@ def written(target: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save's is a RuntimeError
         reason = str(error).partition("\n")[0][:200]
+        if "inline_container" in reason:  # torch.save's words, which do not name the cause
+            reason = "the disk is full, or gone"
         raise UserError(
             f"{target}: cannot be written ({reason}); once it can, give the same command again"
         ) from error
@@ -470,6 +472,12 @@ def write_atomically(target: Path, content: bytes) -> None:
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     with written(path), open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def kind(layer: nn.Module) -> str:
+    """The class of a head's layer, the same however many processes its statistics came from."""
+    normalizes = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    return "BatchNorm1d" if normalizes else type(layer).__name__
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:

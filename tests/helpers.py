@@ -219,9 +219,10 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 
 def exported(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of encoder.safetensors."""
+    """Tensors of encoder.safetensors, and its metadata but for the commit."""
     with safe_open(run / "encoder.safetensors", framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        about = {key: value for key, value in file.metadata().items() if key != "commit"}
+        return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118
 
 
 def checkpoints(run: Path) -> dict[str, dict[str, Any]]:

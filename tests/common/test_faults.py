@@ -1,0 +1,180 @@
+"""What ends a run before its time: told in one line, with the last checkpoint kept."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from common import faults
+from tests.helpers import checkpoints, ended, forked, rows
+
+
+def flags(out, *more):
+    """60 steps at 8 px, with a checkpoint every 4."""
+    return [
+        "demo", "--out", out, "--batch-size", 16, "--image-size", 8, "--knn-every", 0,
+        "--epochs", 60 * 16 / 5120, "--save-every", 4 * 16 / 5120, "--log-every", 1, *more,
+    ]  # fmt: skip
+
+
+def error_of(log):
+    [line] = [line for line in log.read_text().splitlines() if "error:" in line]
+    assert "Traceback" not in log.read_text()
+    return line
+
+
+# ---- one line ------------------------------------------------------------------------------------
+
+
+def test_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    for error in (caught.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        line = faults.explained(error)
+        assert line and "--batch-size" in line and "--accumulate" in line and "\n" not in line
+
+
+class Deadly(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker():
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(DataLoader(Deadly(), num_workers=1)))
+    assert "a decoding worker was killed" in faults.explained(caught.value)
+
+
+def test_a_full_disk_and_what_is_no_fault():
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "events")
+    assert faults.explained(full).startswith("events: cannot be written (No space left on device)")
+    for error in (OSError(errno.ENOENT, "no"), ValueError("x"), RuntimeError("Timed out")):
+        assert faults.explained(error) is None  # the last of one process, that lost no other
+
+
+# ---- real runs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True
+    )
+    if done.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_last_checkpoint(small_disk, tmp_path):
+    """Full within a checkpoint; and once there is room the same command goes on."""
+    out, log = small_disk / "run", tmp_path / "log"
+    assert ended(forked("simclr", flags(out), log, before=fill_at_the_third)) == [2]
+    print(error_of(log))
+    assert "cannot be written" in error_of(log) and str(out) in error_of(log)
+    assert list(checkpoints(out)) == ["step-00000004.pt", "step-00000008.pt"]
+    (small_disk / "filler").unlink()
+    assert ended(forked("simclr", flags(out), log)) == [0], log.read_text()
+    assert [row["step"] for row in rows(out)] == list(range(len(rows(out))))
+
+
+def fill_at_the_third():
+    from common.run import Run
+
+    save, calls = Run.save, iter(range(100))
+
+    def filling(run, step, parts):
+        if next(calls) == 2:
+            with open(run.folder.parent / "filler", "wb", buffering=0) as file:
+                try:
+                    while file.write(bytes(4096)):
+                        pass
+                except OSError:
+                    pass
+        save(run, step, parts)
+
+    Run.save = filling
+
+
+@pytest.mark.slow
+def test_a_log_that_cannot_grow(tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    assert ended(forked("simclr", flags(out), log, before=limit_files)) == [2], log.read_text()
+    assert "cannot be written" in error_of(log)
+
+
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))  # of each file
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_read_only(small_disk, tmp_path):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    log = tmp_path / "log"
+    assert ended(forked("simclr", flags(small_disk / "run"), log)) == [2]
+    assert "Read-only file system" in error_of(log)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_a_number(tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = flags(out, "--base-lr", "1e30", "--warmup-epochs", 12 * 16 / 5120)
+    assert ended(forked("simclr", argv, log)) == [2], log.read_text()
+    line = error_of(log)
+    assert "NaN or infinite at step" in line and "--base-lr" in line
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows(out))
+    for state in checkpoints(out).values():
+        assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_named(tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    children = forked("simclr", flags(out), log, 2, die_at_step_9)
+    children[1].join(120)
+    died = time.monotonic()
+    assert ended(children, 60) == [2, -signal.SIGKILL], log.read_text()
+    assert time.monotonic() - died < 60
+    assert "process 0 of 2 lost process 1" in error_of(log)
+    assert "step-00000008.pt" in checkpoints(out)
+
+
+def die_at_step_9():
+    from common.run import Run
+
+    log = Run.log
+
+    def deadly(run, step, **values):
+        log(run, step, **values)
+        if step == 9 and run.accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.log = deadly
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum, processes", [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
+def test_a_signal_stops_after_a_step(tmp_path, signum, processes):
+    """One of the processes gets it; all stop after the same step, and the run goes on there."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    children = forked("byol", flags(out, "--epochs", 1), log, processes)
+    while not (out / "metrics.jsonl").exists() and children[0].is_alive():
+        time.sleep(0.01)
+    os.kill(children[-1].pid, signum)
+    assert ended(children) == [128 + signum] * processes, log.read_text()
+    step = len(rows(out))
+    assert f"stopped by {signum.name} after step {step:,}; the same command" in log.read_text()
+    assert f"step-{step:08d}.pt" in checkpoints(out)
