@@ -83,7 +83,8 @@ class Batched:
             chunk = images[part] if self.crops_first else to_float(images[part], self.dtype)
             views[part] = _run(self.steps, chunk, _take(parameters, part))
 
-        _in_parallel(fill, _chunks(images, self.dtype))
+        threads = torch.get_num_threads() if images.device.type == "cpu" else 1
+        _in_parallel(fill, _chunks(images, self.dtype), threads)
         return views
 
 
@@ -127,22 +128,19 @@ def _run(steps: Sequence[Step], images: Tensor, parameters: tuple) -> Tensor:
 
 def _chunks(images: Tensor, dtype: torch.dtype) -> list[slice]:
     """As many images at a time as are quickest: those of the cache, and large ones one by one."""
-    pixels = images.shape[2:].numel()
+    each = max(1, images[:1].numel() * dtype.itemsize)
     if images.device.type != "cpu":
-        count = DEVICE // max(1, images[:1].numel() * dtype.itemsize)
-    elif pixels <= SMALL**2:
-        count = CACHE // max(1, images[:1].numel() * dtype.itemsize)
+        count = DEVICE // each
     else:
-        count = 1
-    return [slice(i, i + count) for i in range(0, len(images), count)]
+        count = CACHE // each if images.shape[2:].numel() <= SMALL**2 else 1
+    return [slice(i, i + max(1, count)) for i in range(0, len(images), max(1, count))]
 
 
-def _in_parallel(function: Callable[[slice], None], parts: list[slice]) -> None:
-    """The parts on as many threads as PyTorch has, where an operation on one is too small to split.
+def _in_parallel(function: Callable[[slice], None], parts: list[slice], threads: int) -> None:
+    """The parts on several threads: an operation on one part is too small to be split.
 
     What becomes of an image does not depend on the number of threads.
     """
-    threads = torch.get_num_threads()
     if min(threads, len(parts)) <= 1:
         for part in parts:
             function(part)
@@ -439,7 +437,8 @@ def resized_crop(
     taps = _crop_taps(boxes, size, interpolation, flip, images.dtype)
     result = images.new_empty(*images.shape[:2], *size)
     for part in _chunks(images, images.dtype):
-        result[part] = _resample(images[part], *_take(taps, part), images.dtype)
+        rows, columns = _take(taps, part)
+        result[part] = _resample(images[part], rows, columns, images.dtype)
     return result
 
 
