@@ -13,6 +13,7 @@ this one's torch and torchvision: both sides run on the same.
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -73,7 +74,8 @@ class Side:
         command = [python, __file__, "--serve", name]
         pipe = subprocess.PIPE
         self.name = name
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+        project = {**os.environ, "PYTHONPATH": str(ROOT)}  # lightly's environment lacks it
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=project)
         self.about = self.answer()
 
     def answer(self):
