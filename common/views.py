@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torchvision.transforms import v2
 
-from common.augment import Batched
+from common.augment import Batched, send
 from common.data import Images, batch_indices, generator
 
 
@@ -20,7 +20,7 @@ class Pairs:
     pairs do not depend on R.
 
     Args:
-        images: the training images.
+        images: the training images; kept on an accelerator where they are few and of one size.
         transforms: the distributions of view 1 and of view 2 (the same object where a paper's are).
         batch_size: N.
     """
@@ -39,11 +39,13 @@ class Pairs:
         workers: int = 0,
         drop_last: bool = False,
     ) -> None:
-        self.images, self.seed, self.device, self.workers = images, seed, device, workers
+        self.images, self.seed, self.workers = images, seed, workers
+        self.device = torch.device(device)
         self.batch_size, self.drop_last = batch_size, drop_last
         self.programs = [Batched(transform, dtype=dtype) for transform in transforms]
         share = batch_size // processes
         self.mine = slice(rank * share, (rank + 1) * share)
+        self.resident = resident(images, self.device)
 
     @classmethod
     def of_run(
@@ -86,11 +88,58 @@ class Pairs:
 
     def __call__(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(view1, view2), each (N / R, 3, H, W) float on the device, for steps first..last-1."""
-        batches = self.images.batches(map(self.indices, range(first, last)), self.workers)
-        for step, batch in enumerate(batches, start=first):
-            images = batch.images.to(self.device, non_blocking=True)
+        views = self.views(first, last)
+        return ahead(views, self.device) if self.device.type == "cuda" else views
+
+    def views(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pairs, each made when it is asked for."""
+        for step, (images, sizes) in enumerate(self.batches(first, last), start=first):
             view1, view2 = (
-                program(images, self.draws(step, view), batch.sizes)
+                program(images, self.draws(step, view), sizes)
                 for view, program in enumerate(self.programs)
             )
             yield view1, view2
+
+    def batches(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(N / R, 3, H, W) uint8 on the device, and (N / R, 2) sizes on the CPU."""
+        orders = map(self.indices, range(first, last))
+        if self.resident is not None:
+            for order in orders:
+                images = self.resident.index_select(0, send(order, self.device))
+                yield images, torch.tensor(images.shape[2:]).expand(len(images), 2)
+            return
+        for batch in self.images.batches(orders, self.workers):
+            yield batch.images.to(self.device, non_blocking=True), batch.sizes
+
+
+def resident(images: Images, device: torch.device) -> Tensor | None:
+    """The decoded images on an accelerator, if they are one tensor of at most a tenth of it."""
+    store = images.store
+    if device.type != "cuda" or not isinstance(store, Tensor) or images.bad:
+        return None
+    room = torch.cuda.get_device_properties(device).total_memory // 10
+    return store.to(device) if store.nbytes <= room else None
+
+
+def ahead(
+    pairs: Iterator[tuple[Tensor, Tensor]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same pairs, each made on a stream of its own while the step before it computes.
+
+    A CPU has nothing to gain: its cores are busy with the step.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # for the resident images
+
+    def make() -> tuple[Tensor, Tensor] | None:
+        with torch.cuda.stream(stream):
+            return next(pairs, None)
+
+    following = make()
+    while (pair := following) is not None:
+        step = torch.cuda.current_stream(device)
+        step.wait_stream(stream)
+        for view in pair:
+            view.record_stream(step)  # or its memory would be given away while the step reads it
+        following = make()
+        yield pair

@@ -493,3 +493,22 @@ def test_wrong_uniforms_and_sizes_are_refused():
         program(images, uniforms(2, 2))
     with pytest.raises(ValueError, match="begins with RandomResizedCrop"):
         program(images, uniforms(2, 1), torch.tensor([[4, 4], [4, 4]]))
+
+
+# Several at a time
+
+
+@pytest.mark.parametrize("size", [(20, 30), (180, 150)])  # many at a time, and one by one
+def test_neither_threads_nor_neighbours_change_a_view(monkeypatch, size):
+    """Bit for bit: how images are shared out among chunks and threads is nobody's business."""
+    monkeypatch.setattr(augment, "CACHE", 4 * 3 * 20 * 30 * 3)  # three small images at a time
+    program, images = Batched(SIMCLR), torch.randint(0, 256, (8, 3, *size), dtype=torch.uint8)
+    u = uniforms(8, program.draws)
+    views = program(images, u)
+    torch.set_num_threads(3)
+    assert torch.equal(program(images, u), views) and torch.get_num_threads() == 3
+    with torch.inference_mode():
+        assert torch.equal(program(images, u), views)
+    torch.set_num_threads(1)
+    assert torch.equal(program(images[:1], u[:1]), views[:1])
+    assert torch.equal(program(images[5:], u[5:]), views[5:])
