@@ -28,9 +28,9 @@ from common import cli
 from common.augment import Batched
 from common.data import Images, batch_indices, generator
 from eval.encoder import Input
-from eval.features import prepare
+from eval.features import fingerprint, prepare
 from eval.knn import accuracy
-from eval.results import Subject, confidence, fingerprint, record, subjects
+from eval.results import Subject, confidence, record, subjects
 
 MEMORY_GB = 4.0  # decode once and keep the pixels if they need less than this
 

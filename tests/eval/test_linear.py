@@ -14,8 +14,9 @@ from common.data import Images
 from common.run import read_json
 from eval import linear
 from eval.encoder import Encoder, Input
+from eval.features import fingerprint
 from eval.linear import BYOL, FEATURES, MOCO, PROTOCOLS, SIMCLR, SIMCLR_CIFAR, Probe, Settings
-from eval.results import Subject, fingerprint
+from eval.results import Subject
 
 PLAIN = replace(FEATURES, rates=(0.5,), batch_size=256, init_std=0.0)
 
