@@ -265,6 +265,8 @@ def run_probe(subject: Subject, protocol: Protocol, seed: int) -> tuple[Tensor, 
 def judge(subject: Subject, settings: Settings) -> None:
     network = subject.encoder.network.to(subject.device)
     protocol = protocol_of(subject, settings)
+    kept, _ = hold_out(len(subject.splits()[0]), protocol, settings.seed)
+    protocol = replace(protocol, batch_size=min(protocol.batch_size, len(kept)))  # rates follow
     began, before = time.perf_counter(), fingerprint(network)
     ranking, truth, rate = run_probe(subject, protocol, settings.seed)
     if fingerprint(network) != before:

@@ -252,3 +252,10 @@ def test_a_wrong_protocol_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.run(eval.linear.main)
     assert caught.value.code == 2 and "byol" in capsys.readouterr().err
+
+
+def test_the_rate_follows_the_batch_that_there_is(tmp_path):
+    linear.judge(subject_of(Network().eval(), tmp_path), Settings(protocol="simclr", epochs=1))
+    row = read_json(tmp_path / "linear-simclr-encoder.json")
+    assert row["probe_batch_size"] == 120  # all images; the protocol says 4096
+    assert row["lr"] == pytest.approx(0.1 * 120 / 256, abs=1e-6)
