@@ -336,6 +336,21 @@ def open_train_test(source: str, **columns: Any) -> tuple[Images, Images]:
     A labelled source without a test split has every fifth image held out, and says so in its name.
 
     Raises:
+        UserError: as `open_labelled`.
+    """
+    train, test = open_labelled(source, **columns)
+    return hold_out_fifth(train) if test is None else (train, test)
+
+
+def hold_out_fifth(train: Images) -> tuple[Images, Images]:
+    held_out = torch.arange(len(train)) % 5 == 4
+    return take(train, ~held_out, "4/5 of train"), take(train, held_out, "1/5 of train")
+
+
+def open_labelled(source: str, **columns: Any) -> tuple[Images, Images | None]:
+    """The training split and the test split, labelled alike; None where there is no test split.
+
+    Raises:
         UserError: no labels, fewer than two classes, or classes in test that train lacks.
     """
     train = open_images(source, "train", **columns)
@@ -352,14 +367,23 @@ def open_train_test(source: str, **columns: Any) -> tuple[Images, Images]:
             if test.labels is not None:
                 break
     if test is None:
-        held_out = torch.arange(len(train)) % 5 == 4
-        return take(train, ~held_out, "4/5 of train"), take(train, held_out, "1/5 of train")
+        return train, None
     if test.labels is None:
         raise UserError(f"{source}: the test split has no labels")
     trained = {train.classes[i] for i in present}
     if unknown := {test.classes[i] for i in test.labels.unique().tolist()} - trained:
         raise UserError(f"{source}: classes in test but not in train: {', '.join(sorted(unknown))}")
     return train, test
+
+
+def open_validation(source: str, classes: tuple[str, ...], **columns: Any) -> Images | None:
+    """The labelled validation split of a source that has a test split as well, else None."""
+    try:
+        test = open_images(source, "test", classes=classes, **columns)
+        validation = open_images(source, "validation", classes=classes, **columns)
+    except _NoSplit:
+        return None
+    return None if test.labels is None or validation.labels is None else validation
 
 
 def take(images: Images, keep: Tensor, what: str) -> Images:

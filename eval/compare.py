@@ -244,7 +244,7 @@ def order(row: dict[str, Any]) -> int:
 
 def place(protocol: str) -> tuple:
     """A sorting key: kNN by k, then on the head's output, then linear, then fine-tuned."""
-    kinds = ("knn", "linear", "finetune")
+    kinds = ("knn", "linear", "finetune", "transfer")
     kind = next((i for i, kind in enumerate(kinds) if protocol.startswith(kind)), len(kinds))
     return kind, protocol.endswith("output"), len(protocol), protocol
 

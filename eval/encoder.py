@@ -141,7 +141,7 @@ def load(target: str, weights: str = "", layer: int = 0) -> Encoder:
     if weights == "random":
         return Encoder(build_seeded(about), given, "random", about)
     if weights:
-        known = "random, pixels, random:ARCH, torchvision:ARCH"
+        known = "random, pixels, random:ARCH, torchvision:ARCH[=FILE]"
         raise UserError(f"--weights {weights}: not one of {known}")
     return Encoder(network.eval(), given, "encoder", about, layer)
 
@@ -210,8 +210,12 @@ class Cut(nn.Module):
 
 
 def by_name(weights: str) -> Encoder:
-    """`random:ARCH` or `torchvision:ARCH`, at ImageNet's size and normalisation."""
+    """`random:ARCH` or `torchvision:ARCH[=FILE]`, at ImageNet's size and normalisation.
+
+    FILE is a local state dict with torchvision's key names.
+    """
     kind, arch = weights.split(":", 1)
+    arch, _, file = arch.partition("=")
     if arch not in RESNETS:
         raise UserError(f"--weights {weights}: no such torchvision ResNet")
     given = Input(224, interpolation="bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -219,13 +223,20 @@ def by_name(weights: str) -> Encoder:
     network = build_seeded(about)
     if kind == "torchvision":
         try:
-            theirs = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"]
-            state = theirs.get_state_dict(check_hash=True, weights_only=True)
+            if file:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            else:
+                known = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"]
+                state = known.get_state_dict(check_hash=True, weights_only=True)
         except Exception as error:
-            said = first_line(error)
-            raise UserError(f"--weights {weights}: cannot be fetched ({said})") from error
-        network.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
-    return Encoder(network.eval(), given, weights, about)
+            what = "read" if file else "fetched"
+            said = f"cannot be {what} ({first_line(error)})"
+            raise UserError(f"--weights {weights}: {said}") from error
+        try:
+            network.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+        except (AttributeError, RuntimeError) as error:
+            raise UserError(f"--weights {weights}: not a state dict of {arch}") from error
+    return Encoder(network.eval(), given, f"{kind}:{arch}", about)
 
 
 def build_normed(about: dict[str, Any]) -> nn.Module:

@@ -1,14 +1,21 @@
-"""Features of a whole split: each image once, without augmentation."""
+"""Features of a whole split: each image once, without augmentation, and kept on the disk."""
 
-from collections.abc import Iterator
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 from common.augment import center_crop_boxes, normalize, resized_crop, to_float
 from common.data import Batch, Images
+from common.run import written_aside
 from eval.encoder import Input
 
 
@@ -21,8 +28,21 @@ def prepare(batch: Batch, given: Input, device: torch.device | str) -> Tensor:
     return normalize(images, given.mean, given.std) if given.mean and given.std else images
 
 
-@torch.inference_mode()
 def extract(
+    network: nn.Module,
+    images: Images,
+    given: Input,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """(N, F) features and (N,) labels of a labelled split, on the CPU; options as of `encode`."""
+    assert images.labels is not None
+    features, index = encode(network, images, given, device, **options)
+    return features, images.labels[index]
+
+
+@torch.inference_mode()
+def encode(
     network: nn.Module,
     images: Images,
     given: Input,
@@ -33,11 +53,11 @@ def extract(
     memory_gb: float = 4.0,
     progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(N, F) float32 features and (N,) labels of a labelled split, on the CPU.
+    """(N, F) float32 features and (N,) places in the split that they are of, on the CPU.
 
     The network must be in evaluation mode. Undecodable images are left out.
     """
-    assert not network.training and images.labels is not None
+    assert not network.training
     images.into_memory(memory_gb)
     dtype = next((p.dtype for p in network.parameters()), torch.float32)
     features, kept = [], []
@@ -53,8 +73,67 @@ def extract(
         kept.append(batch.indices)
     index = torch.cat(kept)
     own = index == torch.arange(len(index))  # a bad image's place was taken by another
-    return torch.cat(features)[own], images.labels[own]
+    return torch.cat(features)[own], index[own]
 
 
 def chunks(count: int, size: int) -> Iterator[Tensor]:
     yield from torch.arange(count).split(size)
+
+
+# ---- kept on the disk ----------------------------------------------------------------------------
+
+
+def kept(
+    folder: Path | None, key: str, compute: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """What `compute` gives, (N, F) features and (N,) places, read from `folder` if it is there.
+
+    A damaged file is said and computed again. Without a folder nothing is kept.
+    """
+    if folder is None:
+        return compute()
+    path = folder / f"{key}.safetensors"
+    if path.exists():
+        try:
+            tensors = load_file(path)
+            return tensors["features"], tensors["index"]
+        except Exception as error:  # torn or damaged
+            print(f"{path}: cannot be read ({type(error).__name__}); again", file=sys.stderr)
+    features, index = compute()
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as aside:
+        save_file({"features": features.contiguous(), "index": index.contiguous()}, aside)
+    return features, index
+
+
+def digest_of(network: nn.Module, given: Input, images: Images) -> str:
+    """A key of all that features depend on: tensors, layers, input and images, but no name."""
+    digest = hashlib.sha256(f"{network}\n{given}\n{fingerprint(network)}\n".encode())
+    for i in range(len(images)):
+        digest.update(hashlib.sha256(content(images.encoded[i])).digest())
+    return digest.hexdigest()[:32]
+
+
+def content(image: Any) -> Any:
+    """The bytes of an encoded image; of a file its name, size and time of change."""
+    if isinstance(image, Tensor):
+        return f"{tuple(image.shape)}".encode() + image.contiguous().numpy().tobytes()
+    if isinstance(image, dict):
+        if image.get("bytes"):
+            return image["bytes"]
+        image = image["path"]
+    try:
+        found = os.stat(image)
+    except OSError:
+        return os.fspath(image).encode()  # it will be left out as undecodable
+    where = "/".join(Path(image).parts[-2:])
+    return f"{where} {found.st_size} {found.st_mtime_ns}".encode()
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A digest of every parameter and buffer: equal before and after, or the probe is not one."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

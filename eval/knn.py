@@ -1,14 +1,16 @@
 """Weighted k-nearest-neighbour classification of features: no training, so nothing to tune.
 
     python -m eval.knn RUN
-    python -m eval.knn RUN --baselines random pixels --k 200 --temperature 0.1
+    python -m eval.knn RUN --baselines random pixels --k 20 200 --temperature 0.07 0.1
 
 Protocol: cosine similarity s to every training image; the k nearest vote for their class with
 weight exp(s / T). This is the monitor of MoCo's official notebook (k 200, T 0.1), after arXiv
 1805.01978 Sec. 3.4, but on the representation h, before any head. SimCLR's and BYOL's papers report
-no kNN.
+no kNN. A source without a test split is judged on its training images, each left out of its own
+neighbours.
 """
 
+import itertools
 import time
 from dataclasses import dataclass
 from typing import Annotated
@@ -36,7 +38,7 @@ class Settings:
     data: str = ""  # images to judge on; default: those of the run
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     k: tuple[int, ...] = (20, 200)  # neighbours that vote; one result for each
-    temperature: float = 0.1  # T of the votes' weights
+    temperature: tuple[float, ...] = (0.1,)  # T of the votes' weights; one result for each
 
 
 def predict(
@@ -51,19 +53,67 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """Classes of `queries`, (Q, F), by the `k` nearest of `bank`, (N, F), with `labels` (N,).
 
-    Features are normalised here. The similarity matrix is never whole in memory.
-
     Returns:
         (Q, classes) classes from most to least likely, and the (Q, classes) scores.
     """
-    bank, k = F.normalize(bank, dim=1), min(k, len(bank))
-    parts = []
-    for part in queries.split(chunk):
-        similarity, index = (F.normalize(part, dim=1) @ bank.T).topk(k, dim=1)
-        votes = torch.exp(similarity / temperature)
-        score = votes.new_zeros(len(part), classes)
-        parts.append(score.scatter_add_(1, labels[index], votes))
-    scores = torch.cat(parts)
+    similarity, index = nearest(queries, bank, k, chunk=chunk)
+    return vote(similarity, labels[index], classes, temperature)
+
+
+def nearest(
+    queries: Tensor,
+    bank: Tensor,
+    k: int,
+    *,
+    own: bool = False,
+    chunk: int = 1024,
+    bank_chunk: int = 16_384,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cosine similarity to, and place of, the `k` nearest of `bank` (N, F) to `queries` (Q, F).
+
+    Features are normalised here, and both are taken in chunks: beside them at most chunk x
+    bank_chunk similarities are in memory.
+
+    Args:
+        own: the queries are the bank; none is its own neighbour.
+        device: where to compute; default: where the queries are.
+
+    Returns:
+        Two (Q, k) tensors, where the queries are, the nearest first; k is at most that of the bank.
+    """
+    k, device = min(k, len(bank) - own), device or queries.device
+    found = []
+    for start, part in zip(range(0, len(queries), chunk), queries.split(chunk), strict=True):
+        part = F.normalize(part.to(device), dim=1)
+        best = (
+            part.new_empty(len(part), 0),
+            torch.empty(len(part), 0, dtype=torch.long, device=device),
+        )
+        for first, rows in zip(
+            range(0, len(bank), bank_chunk), bank.split(bank_chunk), strict=True
+        ):
+            similarity = part @ F.normalize(rows.to(part), dim=1).T
+            if own:
+                place = torch.arange(start, start + len(part), device=device) - first
+                here = ((place >= 0) & (place < len(rows))).nonzero()[:, 0]
+                similarity[here, place[here]] = -torch.inf
+            value, index = similarity.topk(min(k, len(rows)), dim=1)
+            value = torch.cat([best[0], value], dim=1)
+            index = torch.cat([best[1], index + first], dim=1)
+            value, order = value.topk(min(k, value.shape[1]), dim=1)
+            best = value, index.gather(1, order)
+        found.append(tuple(x.to(queries.device) for x in best))
+    similarities, indices = zip(*found, strict=True)
+    return torch.cat(similarities), torch.cat(indices)
+
+
+def vote(
+    similarity: Tensor, labels: Tensor, classes: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Ranking and scores, (Q, classes), from the neighbours' (Q, k) similarities and labels."""
+    votes = torch.exp(similarity / temperature)
+    scores = votes.new_zeros(len(votes), classes).scatter_add_(1, labels, votes)
     return scores.argsort(dim=1, descending=True, stable=True), scores
 
 
@@ -123,28 +173,27 @@ def thin(images: Images, count: int) -> Images:
 
 
 def judge(subject: Subject, settings: Settings) -> None:
-    train, test = subject.splits()
+    train, test = subject.opened()
     began = time.perf_counter()
     bank, labels = subject.extract(train)
-    queries, truth = subject.extract(test)
-    for k in settings.k:
-        ranking, _ = predict(
-            queries,
-            bank,
-            labels,
-            classes=len(train.classes),
-            k=k,
-            temperature=settings.temperature,
-        )
+    queries, truth = (bank, labels) if test is None else subject.extract(test)
+    similarity, index = nearest(
+        queries, bank, max(settings.k), own=test is None, device=subject.device
+    )
+    for k, temperature in itertools.product(settings.k, settings.temperature):
+        ranking, _ = vote(similarity[:, :k], labels[index[:, :k]], len(train.classes), temperature)
         top1 = accuracy(ranking, truth)
+        other = "" if temperature == 0.1 else f"-T{temperature:g}"
         record(
             subject,
-            f"knn{k}{subject.encoder.suffix}",
+            f"knn{k}{other}{subject.encoder.suffix}",
             top1=top1,
+            counts=(len(train), len(train if test is None else test)),
             top5=accuracy(ranking, truth, 5) if len(train.classes) > 5 else None,
             interval=confidence(top1, len(truth)),
             k=k,
-            temperature=settings.temperature,
+            temperature=temperature,
+            judged_on="train, leave-one-out" if test is None else None,
             features=bank.shape[1],
             seconds=time.perf_counter() - began,
         )

@@ -28,9 +28,9 @@ from common import cli
 from common.augment import Batched
 from common.data import Images, batch_indices, generator
 from eval.encoder import Input
-from eval.features import prepare
+from eval.features import fingerprint, prepare
 from eval.knn import accuracy
-from eval.results import Subject, confidence, fingerprint, record, subjects
+from eval.results import Subject, confidence, record, subjects
 
 MEMORY_GB = 4.0  # decode once and keep the pixels if they need less than this
 
@@ -133,13 +133,18 @@ class Probe:
 
     def logits(self, features: Tensor) -> Tensor:
         """(B, F) to (R, B, C)."""
-        return F.pad(features, (0, 1), value=1.0) @ self.weight
+        wide = self.weight.permute(1, 0, 2).flatten(1)  # one product, not R: no copies of features
+        logits = F.pad(features, (0, 1), value=1.0) @ wide
+        return logits.unflatten(1, (len(self.weight), -1)).permute(1, 0, 2)
 
     def step(self, features: Tensor, labels: Tensor, decay: float) -> None:
         """One SGD step of every classifier on (B, F) features and (B,) labels."""
         inputs = F.pad(features, (0, 1), value=1.0)
-        error = (inputs @ self.weight).softmax(-1) - F.one_hot(labels, self.weight.shape[-1])
-        grad = inputs.T @ error / len(inputs)  # of the mean cross entropy, (R, F + 1, C)
+        error = self.logits(features).softmax(-1) - F.one_hot(labels, self.weight.shape[-1])
+        grad = (
+            inputs.T @ error.permute(1, 0, 2).flatten(1) / len(inputs)
+        )  # of the mean cross entropy
+        grad = grad.unflatten(1, (len(error), -1)).permute(1, 0, 2)  # (R, F + 1, C)
         self.velocity.mul_(0.9).add_(grad)
         move = grad.add_(self.velocity, alpha=0.9) if self.protocol.nesterov else self.velocity
         self.weight.sub_(move * self.rates * decay)
@@ -265,6 +270,8 @@ def run_probe(subject: Subject, protocol: Protocol, seed: int) -> tuple[Tensor, 
 def judge(subject: Subject, settings: Settings) -> None:
     network = subject.encoder.network.to(subject.device)
     protocol = protocol_of(subject, settings)
+    kept, _ = hold_out(len(subject.splits()[0]), protocol, settings.seed)
+    protocol = replace(protocol, batch_size=min(protocol.batch_size, len(kept)))  # rates follow
     began, before = time.perf_counter(), fingerprint(network)
     ranking, truth, rate = run_probe(subject, protocol, settings.seed)
     if fingerprint(network) != before:

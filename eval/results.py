@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.cli import UserError
-from common.data import Images, open_train_test
+from common.data import Images, hold_out_fifth, open_labelled
 from common.run import provenance, read_json, write_atomically
-from eval.encoder import Encoder, load
-from eval.features import extract
+from eval.encoder import Encoder, Input, load
+from eval.features import digest_of, encode, kept
 
 COLUMNS = ("image_column", "label_column")
 
@@ -32,17 +32,29 @@ class Subject:
     config: dict[str, Any]  # the run's; empty without a run
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     _splits: tuple[Images, Images] | None = field(default=None, repr=False)
+    _opened: tuple[Images, Images | None] | None = field(default=None, repr=False)
+    cache: Path | None = None  # where features are kept
+
+    def opened(self) -> tuple[Images, Images | None]:
+        """The labelled training split of the source and its test split, if it has one."""
+        if self._opened is None:
+            self._opened = self._splits or open_labelled(self.source, **self.columns)
+        return self._opened
 
     def splits(self) -> tuple[Images, Images]:
-        """The labelled training and test split of the source."""
+        """The same; without a test split every fifth training image is held out for one."""
         if self._splits is None:
-            self._splits = open_train_test(self.source, **self.columns)
+            train, test = self.opened()
+            self._splits = hold_out_fifth(train) if test is None else (train, test)
         return self._splits
 
-    def extract(self, images: Images) -> tuple[Tensor, Tensor]:
-        """(N, F) features and (N,) labels."""
-        network = self.encoder.network.to(self.device)
-        return extract(network, images, self.encoder.input, self.device)
+    def extract(self, images: Images, given: Input | None = None) -> tuple[Tensor, Tensor]:
+        """(N, F) features and (N,) labels; `given` in place of the encoder's own input."""
+        assert images.labels is not None
+        network, given = self.encoder.network.to(self.device), given or self.encoder.input
+        key = digest_of(network, given, images) if self.cache else ""
+        features, index = kept(self.cache, key, lambda: encode(network, images, given, self.device))
+        return features, images.labels[index]
 
 
 def subjects(
@@ -61,13 +73,14 @@ def subjects(
         raise UserError("say on which images to judge: --data SOURCE")
     same = source == config.get("data")
     columns = {key: config.get(key) if same else None for key in COLUMNS}
-    splits = None
+    splits = opened = None
     for encoder in encoders:
         where = folder / "results" if folder else None
         subject = Subject(encoder, source, columns, where, config)
-        subject._splits = splits  # decoded once for all
+        subject.cache = folder / "features" if folder else None
+        subject._splits, subject._opened = splits, opened  # decoded once for all
         yield subject
-        splits = subject._splits
+        splits, opened = subject._splits, subject._opened
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -86,9 +99,20 @@ def config_of(run: Path) -> dict[str, Any]:
     raise UserError(f"{path}: not of a run")
 
 
-def record(subject: Subject, protocol: str, *, top1: float, **values: Any) -> dict[str, Any]:
-    """Print a judgement and, for a run, write RUN/results/PROTOCOL-NAME.json."""
-    train, test = subject.splits()
+def record(
+    subject: Subject,
+    protocol: str,
+    *,
+    top1: float,
+    counts: tuple[int, int] | None = None,
+    **values: Any,
+) -> dict[str, Any]:
+    """Print a judgement and, for a run, write RUN/results/PROTOCOL-NAME.json.
+
+    Args:
+        counts: images trained and judged on; default: those of the splits.
+    """
+    trained, judged = counts or tuple(len(split) for split in subject.splits())
     about = subject.encoder.about
     row = {
         "protocol": protocol,
@@ -96,8 +120,8 @@ def record(subject: Subject, protocol: str, *, top1: float, **values: Any) -> di
         "top1": round(top1, 3),
         **{key: value for key, value in values.items() if value is not None},
         "data": subject.source,
-        "train_images": len(train),
-        "test_images": len(test),
+        "train_images": trained,
+        "test_images": judged,
         "method": about.get("method"),
         "recipe": about.get("recipe"),
         "epochs": about.get("epochs"),
@@ -133,12 +157,3 @@ def confidence(percent: float, count: int) -> float:
     """Half the width, in percent, of the 95 % Wilson interval of a share measured on `count`."""
     p, z = percent / 100, 1.959964
     return 100 * z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
-
-
-def fingerprint(network: nn.Module) -> str:
-    """A digest of every parameter and buffer: equal before and after, or the probe is not one."""
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

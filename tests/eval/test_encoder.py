@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
@@ -159,3 +160,17 @@ def test_bad_images_are_left_out(memory_gb, batch_size):
 def test_a_network_in_training_mode_is_refused():
     with pytest.raises(AssertionError):
         extract(Channels().train(), flat_images(4), Input(8))
+
+
+def test_torchvisions_weights_from_a_file(tmp_path):
+    theirs = torchvision.models.resnet18(weights=None)
+    path = tmp_path / "resnet18.pth"
+    torch.save(theirs.state_dict(), path)
+    ours = load("", f"torchvision:resnet18={path}")
+    assert ours.name == "torchvision:resnet18" and torch.equal(
+        ours.network.conv1.weight, theirs.conv1.weight
+    )
+    with pytest.raises(UserError, match="not a state dict of resnet34"):
+        load("", f"torchvision:resnet34={path}")
+    with pytest.raises(UserError, match="cannot be read"):
+        load("", f"torchvision:resnet18={tmp_path / 'none.pth'}")

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from common.data import Images
 from eval.encoder import Input
-from eval.knn import Monitor, accuracy, predict, thin
+from eval.knn import Monitor, accuracy, nearest, predict, thin
 from tests.helpers import golden
 
 
@@ -54,6 +55,25 @@ def test_chunks_do_not_matter(chunk):
     expected_ranking, expected = predict(queries, bank, labels, **settings)
     assert torch.allclose(scores, expected, rtol=1e-12, atol=0)
     assert torch.equal(ranking, expected_ranking)
+
+
+@pytest.mark.parametrize("bank_chunk", [1, 7, 60, 1000])
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_the_bank_may_be_taken_in_chunks(chunk, bank_chunk):
+    queries, bank = some(1, 9, 6), some(2, 60, 6)
+    cosine = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
+    expected, where = cosine.topk(11)
+    value, index = nearest(queries, bank, 11, chunk=chunk, bank_chunk=bank_chunk)
+    assert torch.allclose(value, expected, rtol=1e-12, atol=0) and torch.equal(index, where)
+
+
+@pytest.mark.parametrize(("chunk", "bank_chunk"), [(1000, 1000), (7, 13), (13, 7)])
+def test_left_out_of_its_own_neighbours(chunk, bank_chunk):
+    bank = some(2, 40, 6)
+    unit = F.normalize(bank, dim=1)
+    expected, where = (unit @ unit.T).fill_diagonal_(-2).topk(39)
+    value, index = nearest(bank, bank, 100, own=True, chunk=chunk, bank_chunk=bank_chunk)
+    assert torch.allclose(value, expected, rtol=1e-12, atol=1e-15) and torch.equal(index, where)
 
 
 def test_against_the_official_notebook():

@@ -14,8 +14,9 @@ from common.data import Images
 from common.run import read_json
 from eval import linear
 from eval.encoder import Encoder, Input
+from eval.features import fingerprint
 from eval.linear import BYOL, FEATURES, MOCO, PROTOCOLS, SIMCLR, SIMCLR_CIFAR, Probe, Settings
-from eval.results import Subject, fingerprint
+from eval.results import Subject
 
 PLAIN = replace(FEATURES, rates=(0.5,), batch_size=256, init_std=0.0)
 
@@ -122,7 +123,7 @@ def test_rates_trained_together_are_rates_trained_alone():
         assert torch.allclose(together.weight[i], alone.weight[0], rtol=0, atol=1e-12)
     chosen = together.logits(x)[3]
     together.keep(3)
-    assert torch.equal(together.logits(x)[0], chosen)
+    assert torch.allclose(together.logits(x)[0], chosen, rtol=0, atol=1e-12)
     assert together.rates.item() == pytest.approx(protocol.rates[3] * 50 / 256)
 
 
@@ -251,3 +252,10 @@ def test_a_wrong_protocol_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.run(eval.linear.main)
     assert caught.value.code == 2 and "byol" in capsys.readouterr().err
+
+
+def test_the_rate_follows_the_batch_that_there_is(tmp_path):
+    linear.judge(subject_of(Network().eval(), tmp_path), Settings(protocol="simclr", epochs=1))
+    row = read_json(tmp_path / "linear-simclr-encoder.json")
+    assert row["probe_batch_size"] == 120  # all images; the protocol says 4096
+    assert row["lr"] == pytest.approx(0.1 * 120 / 256, abs=1e-6)

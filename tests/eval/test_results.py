@@ -11,10 +11,13 @@ from PIL import Image
 from torch import nn
 
 import eval.knn
+import eval.results
 from common import cli
+from common.data import Images
 from common.run import Run, read_json
 from eval.encoder import Input, build_seeded, metadata
-from eval.results import confidence, fingerprint, subjects
+from eval.features import digest_of, fingerprint
+from eval.results import confidence, subjects
 from simclr.config import RECIPES
 
 
@@ -85,7 +88,55 @@ def test_other_data_is_said_in_the_name(run, command):
     (new,) = results(run).keys() - before
     assert new.startswith("knn3-encoder-on-") and "source-train" in new
     assert results(run)[new]["data"].endswith("source/train")
-    assert results(run)[new]["test_images"] == 6  # a fifth of 30, held out
+    assert results(run)[new]["test_images"] == 30
+    assert results(run)[new]["judged_on"] == "train, leave-one-out"  # no test split
+
+
+def test_features_are_computed_once(run, command, monkeypatch, capsys):
+    calls, encode = [], eval.results.encode
+    monkeypatch.setattr(
+        "eval.results.encode", lambda *given: calls.append(given[1].name) or encode(*given)
+    )
+    kept = run / "features"
+    for path in kept.glob("*"):
+        path.unlink()
+    first = command(eval.knn.main, run, "--k", "3")
+    assert len(calls) == 2 and len(list(kept.iterdir())) == 2
+    assert command(eval.knn.main, run, "--k", "3") == first
+    assert len(calls) == 2
+
+    damaged = next(kept.iterdir())
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-5])
+    monkeypatch.setattr(sys, "argv", ["prog", str(run), "--k", "3"])
+    eval.knn.main()
+    assert f"{damaged}: cannot be read" in capsys.readouterr().err
+    assert len(calls) == 3 and damaged.read_bytes() == whole
+
+    source = run.parent / "source"
+    changed = source / "test" / "a" / "00.png"
+    original = changed.read_bytes()
+    Image.new("RGB", (16, 16), (200, 9, 9)).save(changed)
+    command(eval.knn.main, run, "--k", "3")
+    assert len(calls) == 4 and "test" in calls[-1]  # the training images are as they were
+    changed.write_bytes(original)
+
+
+@pytest.mark.parametrize("part", ["weight", "input", "layers"])
+def test_a_key_sees_what_features_depend_on(part):
+    images = Images("x", torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    network, given = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU()), Input(4)
+    before = digest_of(network, given, images)
+    assert digest_of(network, given, Images("y", images.encoded.clone())) == before
+    assert digest_of(network, given, Images("x", images.encoded[:1])) != before
+    if part == "weight":
+        with torch.no_grad():
+            network[0].weight[0, 0] += 1
+    elif part == "input":
+        given = Input(4, crop=0.5)
+    else:
+        network[1] = nn.Tanh()
+    assert digest_of(network, given, images) != before
 
 
 def test_a_file_without_its_run_needs_data(run, command, tmp_path):
