@@ -4,6 +4,9 @@
 # make slow     the longer checks that guard a promise
 # make seeds    the demos with three seeds each, kept in results/
 # make results  RESULTS.md from results/
+# make bench    pairs/s beside lightly and plain torchvision; make speed-gpu: the same on a GPU
+# make soak     twenty kills of each method, and 20,000 steps
+# make results-gpu  every CIFAR-10 row that RESULTS.md lacks, on a GPU, hours
 # For exactly the versions that were tested together: make demo PIP_FLAGS='-c constraints.txt'
 
 PYTHON    ?= python3
@@ -15,7 +18,7 @@ METHODS   := simclr moco byol
 HERE      := PATH="$(CURDIR)/$(BIN):$$PATH"
 DEMOS     := $(METHODS:%=runs/%-demo)
 
-.PHONY: demo test slow lint bench seeds results
+.PHONY: demo test slow lint bench seeds results soak speed-gpu results-gpu
 demo: $(READY)
 	@for method in $(METHODS); do $(HERE) bash $$method/reproduce.sh demo || exit; done
 	@$(BIN)/python -m eval.compare $(DEMOS) --out runs
@@ -40,6 +43,18 @@ seeds: $(READY)
 	    $(HERE) bash $$method/reproduce.sh demo demo $$run --seed $$seed || exit; \
 	    $(BIN)/python -m eval.compare $$run --keep results || exit; \
 	done; done
+
+soak: $(READY)
+	for method in $(METHODS); do \
+	    OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py kills --method $$method || exit; \
+	done
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py steps --record results/soak-simclr.json
+
+speed-gpu: $(READY)
+	$(BIN)/python tests/benchmarks/gpu_speed.py
+
+results-gpu: $(READY)
+	$(BIN)/python tests/benchmarks/results_gpu.py
 
 results: $(READY)
 	$(BIN)/python -m eval.compare --results results

@@ -57,8 +57,7 @@ def choose(images: Images, fraction: float, subset: str, seed: int) -> Tensor:
     """(N,) bool: the images to train on, named by the file `subset` or drawn for each class.
 
     Raises:
-        UserError: the fraction is not in (0, 1], or the file is unreadable or names an image that
-            is not there.
+        UserError: the file is unreadable or names an image that is not there.
     """
     assert images.labels is not None
     keep = torch.zeros(len(images), dtype=torch.bool)
@@ -71,8 +70,6 @@ def choose(images: Images, fraction: float, subset: str, seed: int) -> Tensor:
         if missing := sorted(wanted - set(names)):
             raise cli.UserError(f"--subset {subset}: {len(missing)} not there, e.g. {missing[0]}")
         return torch.tensor([name in wanted for name in names])
-    if not 0 < fraction <= 1:
-        raise cli.UserError(f"--label-fraction {fraction}: must be above 0 and at most 1")
     for c in images.labels.unique().tolist():
         own = (images.labels == c).nonzero()[:, 0]
         order = torch.randperm(len(own), generator=generator(seed, "labels", c))

@@ -163,7 +163,9 @@ def judge(subject: Subject, settings: Settings) -> None:
 
 
 def main() -> None:
-    settings = tyro.cli(Settings, prog="python -m eval.transfer", description=__doc__)
+    settings = cli.check_ranges(
+        tyro.cli(Settings, prog="python -m eval.transfer", description=__doc__)
+    )
     s = settings
     for source in s.data:
         for subject in subjects(s.run, s.weights, s.baselines, source, s.layer):
