@@ -133,7 +133,9 @@ CIFAR10 = replace(
     published="",
 )
 
-# Ours: the embedded images and a small network, in minutes on two cores.
+# Ours: the embedded images and a small network, in minutes on two cores. Chosen by some fifteen runs,
+# most of 77,000 pairs, one seed each, judged on images rendered from another seed than those of the
+# test split.
 DEMO = replace(
     CIFAR10,
     data="demo",
@@ -144,15 +146,15 @@ DEMO = replace(
     image_size=24,  # ours: crops of 32 px images, at half the cost of 32 px views
     test_size=32,  # ours: patterns then appear about as large as in the crops
     crop_min_area=0.35,  # ours: smaller crops hold less than a period of the patterns
-    jitter=(0.8, 0.8, 0.8, 0.2),  # ours: SimCLR's; at half of that tint tells instances apart
+    jitter=(1.0, 1.0, 1.0, 0.5),  # ours: any hue, else tint tells instances apart
     solarize=(0.0, 0.0),  # ours
     mean=(0.5, 0.5, 0.5),  # ours
     std=(0.25, 0.25, 0.25),  # ours
     batch_size=128,  # ours
-    epochs=39,  # ours: 199,680 pairs
+    epochs=25,  # ours: 128,000 pairs
     base_lr=8.0,  # ours: few steps and a small network ask for more than 2.0
-    warmup_epochs=4,  # ours: a tenth of the run
-    tau_base=0.9,  # ours: at 0.97 and more the target moves too little in a run so short
+    warmup_epochs=2.5,  # ours: a tenth of the run
+    tau_base=0.97,  # CODE configs/byol.py, its shortest preset
     save_every=5,  # ours
 )
 
