@@ -306,13 +306,23 @@ class Run:
         sys.exit(128 + signum)
 
     def _watched(self, stream: Iterator[speed.Views]) -> Iterator[speed.Views]:
-        stream = speed.counted(stream, self._know_flops)
+        if (
+            self.first == 0
+        ):  # operations may go another way while they are counted: in this step only
+            stream = speed.counted(stream, self._know_flops)
+        else:
+            self._flops = self._counted_before()
         if self.config.profile and self.main:
             stream = speed.profiled(stream, self.folder / "trace.json.gz")
         return stream
 
     def _know_flops(self, per_pair: float) -> None:
         self._flops = per_pair
+
+    def _counted_before(self) -> float:
+        path = self.folder / "timings.jsonl"
+        rows = path.read_text().splitlines() if path.exists() else []
+        return next((json.loads(r)["flops"] for r in reversed(rows) if '"flops"' in r), 0.0)
 
     def _report(self, trial: speed.Trial) -> None:
         if self.accelerator.is_main_process:
@@ -392,7 +402,8 @@ class Run:
         }
         if self._flops:
             achieved = rate / self.accelerator.num_processes * self._flops
-            self._timings["tflops"] = achieved / 1e12  # of each process
+            self._timings["flops"] = self._flops  # of a pair
+            self._timings["tflops"] = achieved / 1e12  # a second, of each process
             if most := speed.peak_flops(speed.device_name(), self.config.precision):
                 self._timings["mfu"] = achieved / most
         if self.main:

@@ -330,7 +330,7 @@ def test_a_signal_stops_after_the_step(open_run, capsys, signum):
     run, state = open_run(), parts()
     run.resume(state)
     with pytest.raises(SystemExit) as caught:
-        for step, _ in run.steps(lambda first, last: iter([()] * (last - first))):
+        for step, _ in run.steps(lambda first, last: iter([torch.zeros(2, 1)] * (last - first))):
             run.log(step, loss=1.0)
             if step == 6:
                 os.kill(os.getpid(), signum)
@@ -345,7 +345,9 @@ def test_a_signal_stops_after_the_step(open_run, capsys, signum):
 
 def test_what_a_kill_left_aside_goes(open_run):
     run = open_run()
-    for folder in (run.folder, run.folder / "checkpoints"):
-        (folder / ".step-00000006.pt.123").write_bytes(b"half")
+    left = (".config.json.123", ".encoder.safetensors.45", "checkpoints/.step-00000006.pt.123")
+    others = (".config.json.mine", ".vimrc.1")
+    for name in (*left, *others):
+        (run.folder / name).write_bytes(b"half")
     open_run()
-    assert not names(run) and not list(run.folder.glob(".*"))
+    assert [name for name in (*left, *others) if (run.folder / name).exists()] == list(others)

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from dataclasses import dataclass, field
+from typing import ClassVar
 from unittest import mock
 
 import numpy as np
@@ -65,13 +66,19 @@ def play(argv, network, views, shuffles, count, after_step=lambda network: None)
     calls = iter(range(len(shuffles)))
 
     class Images:
+        bad: ClassVar[dict] = {}
         load = staticmethod(lambda memory_gb: "recorded images")
         __len__ = staticmethod(lambda: count)
 
     def stream(images, transforms, cfg, accelerator, *, dtype, drop_last):
         assert drop_last and first_is_last(transforms)
         tensor = torch.as_tensor(np.asarray(views)).to(dtype)
-        return lambda first, last: (tuple(tensor[step]) for step in range(first, last))
+
+        def pairs(first, last):
+            return (tuple(tensor[step]) for step in range(first, last))
+
+        pairs.images = images
+        return pairs
 
     def nce(*args):
         loss, logits = info_nce(*args)
