@@ -133,8 +133,8 @@ CIFAR10 = replace(
     published="",
 )
 
-# Ours: the embedded images and a small network, in minutes on two cores. Chosen by fifteen runs, one
-# seed each and most of 77,000 pairs, judged on images rendered from another seed than those of
+# Ours: the embedded images and a small network, in minutes on two cores. Chosen by fifteen runs,
+# one seed each, most of 77,000 pairs, judged on images rendered from another seed than those of
 # the test split.
 DEMO = replace(
     CIFAR10,
