@@ -88,7 +88,7 @@ def check_chunk(cfg: Config, processes: int) -> None:
         UserError: with what to change.
     """
     chunk = cfg.cache_chunk
-    if chunk and (chunk < 1 or chunk % processes or cfg.batch_size % chunk):
+    if chunk and (chunk % processes or cfg.batch_size % chunk):
         raise cli.UserError(
             f"--cache-chunk {chunk}: must divide --batch-size {cfg.batch_size} and be a multiple "
             f"of the {processes} processes; 0 for the whole batch at once"

@@ -9,8 +9,10 @@ from PIL import Image
 
 import byol.config
 import byol.pretrain
+import eval.finetune
 import eval.knn
 import eval.linear
+import eval.transfer
 import moco.config
 import simclr.config
 import simclr.pretrain
@@ -166,7 +168,10 @@ def test_numbers_that_make_no_sense(fails, flat, flag, value, said):
 
 
 def test_every_recipe_is_in_range_and_every_range_is_of_a_field():
-    methods, judges = (simclr.config, moco.config, byol.config), (eval.knn, eval.linear)
+    methods, judges = (
+        (simclr.config, moco.config, byol.config),
+        (eval.knn, eval.linear, eval.finetune, eval.transfer),
+    )
     for recipe in (recipe for module in methods for recipe in module.RECIPES.values()):
         assert cli.check_ranges(recipe) is recipe
     kinds = [module.Config for module in methods] + [module.Settings for module in judges]
@@ -178,6 +183,7 @@ def test_evaluations_refuse_numbers_too(fails):
     line = one_line(fails(eval.knn.main, "--k", "20", "0"))
     assert "--k 0: must be a number from 1 upwards" in line
     assert "--epochs -1" in one_line(fails(eval.linear.main, "--epochs", "-1"))
+    assert "--label-fraction 10" in one_line(fails(eval.finetune.main, "--label-fraction", "10"))
     assert cli.check_ranges(eval.linear.Settings()).epochs == 0  # the default: the protocol's
 
 

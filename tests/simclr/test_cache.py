@@ -194,11 +194,10 @@ def test_a_run_in_chunks(tmp_path, monkeypatch):
     assert json.loads(rows[-1])["step"] == 2 and json.loads(rows[-1])["loss"] > 0
 
 
-@pytest.mark.parametrize("chunk", ["48", "-64"])
-def test_chunks_that_do_not_make_up_the_batch(chunk, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", flags(tmp_path / "run", "--cache-chunk", chunk))
+def test_chunks_that_do_not_make_up_the_batch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", flags(tmp_path / "run", "--cache-chunk", "48"))
     with pytest.raises(SystemExit) as caught:
         cli.run(simclr.pretrain.main)
     said = capsys.readouterr().err
     assert caught.value.code == 2 and said.count("\n") == 1
-    assert f"--cache-chunk {chunk}: must divide --batch-size 64" in said
+    assert "--cache-chunk 48: must divide --batch-size 64" in said
