@@ -20,7 +20,7 @@ Four choices make the set a fair test of self-supervised learning:
 
 Top-1 on the 2,000 test images, given the 5,120 training images: raw pixels 36 % by
 kNN (k 20) and 13 % by a linear classifier on features, a random encoder 28 and
-26 %, the same encoder trained with labels 97.5 %.
+26 %, the same encoder trained with labels 97 %.
 """
 
 import math
