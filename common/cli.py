@@ -25,6 +25,7 @@ RANGES = {  # least and most that make sense, of every field of that name
     "crop_min_area": (0, 1),
     "dim": (1, 1_000_000),
     "epochs": (TINY, 1_000_000),
+    "freeze": (0, 5),
     "head_dim": (1, 1_000_000),
     "head_layers": (1, 100),
     "hidden_dim": (1, 1_000_000),

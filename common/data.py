@@ -160,7 +160,7 @@ class Images:
 
     name: str
     encoded: Any  # with a length, and an encoded image at each index
-    labels: Tensor | None = None  # (N,) int64
+    labels: Tensor | None = None  # (N,) int64; (N, C) bool where an image may have several
     classes: tuple[str, ...] = ()
     bad: dict[int, str] = field(default_factory=dict)  # undecodable so far: index to its name
     store: list[Tensor] | Tensor | None = None  # decoded, where that fits in memory
@@ -347,16 +347,29 @@ def hold_out_fifth(train: Images) -> tuple[Images, Images]:
     return take(train, ~held_out, "4/5 of train"), take(train, held_out, "1/5 of train")
 
 
-def open_labelled(source: str, **columns: Any) -> tuple[Images, Images | None]:
+def open_labelled(
+    source: str, *, several: bool = False, **columns: Any
+) -> tuple[Images, Images | None]:
     """The training split and the test split, labelled alike; None where there is no test split.
 
+    Args:
+        several: whether an image may have several labels.
+
     Raises:
-        UserError: no labels, fewer than two classes, or classes in test that train lacks.
+        UserError: no labels, or several of an image, fewer than two classes, or classes in test
+            that train lacks.
     """
     train = open_images(source, "train", **columns)
     if train.labels is None:
         raise UserError(f"{source}: has no labels; an evaluation needs them (class folders do)")
-    present = train.labels.unique().tolist()
+    if train.labels.ndim == 2 and not several:
+        raise UserError(
+            f"{source}: its images have several labels, which eval.transfer alone judges; "
+            "for the others name a column of one label an image (--label-column)"
+        )
+    present = present_in(train.labels)
+    if len(present) == 0:
+        raise UserError(f"{source}: no image has a label")
     if len(present) < 2:
         only = train.classes[present[0]]
         raise UserError(f"{source}: one class only ({only}); nothing to tell apart")
@@ -371,9 +384,14 @@ def open_labelled(source: str, **columns: Any) -> tuple[Images, Images | None]:
     if test.labels is None:
         raise UserError(f"{source}: the test split has no labels")
     trained = {train.classes[i] for i in present}
-    if unknown := {test.classes[i] for i in test.labels.unique().tolist()} - trained:
+    if unknown := {test.classes[i] for i in present_in(test.labels)} - trained:
         raise UserError(f"{source}: classes in test but not in train: {', '.join(sorted(unknown))}")
     return train, test
+
+
+def present_in(labels: Tensor) -> list[int]:
+    """The classes that some image is of."""
+    return (labels.unique() if labels.ndim == 1 else labels.any(0).nonzero()[:, 0]).tolist()
 
 
 def open_validation(source: str, classes: tuple[str, ...], **columns: Any) -> Images | None:
@@ -508,13 +526,22 @@ def open_table(
     single = [n for n, kind in columns.items() if isinstance(kind, datasets.Value)]
     if label_column is None:
         classed = [n for n, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
-        plain = [n for n in ("label", "labels", "fine_label", "class", "target") if n in single]
-        label_column = next(iter(classed + plain), None)
-    elif not isinstance(columns[label_column], datasets.Value | datasets.ClassLabel):
-        raise UserError(f"{source}: {label_column!r} holds no labels, one value an image")
+        usual = ("label", "labels", "fine_label", "class", "target")
+        plain = [name for name in usual if name in single]
+        lists = [name for name in (*usual, "classes") if several_of(columns.get(name))]
+        label_column = next(iter(classed + plain + lists), None)
+    elif label_column not in single and not (
+        isinstance(columns[label_column], datasets.ClassLabel) or several_of(columns[label_column])
+    ):
+        raise UserError(f"{source}: {label_column!r} holds no labels, a value or a list of values")
     encoded = Cells(undecoded, image_column)
-    values = [None] if label_column is None else dataset[label_column][:]
+    values: Any = [None] if label_column is None else dataset[label_column][:]
     kind = columns.get(label_column)
+    if (inner := several_of(kind)) and None not in values:
+        if isinstance(inner, datasets.ClassLabel):
+            values = [[inner.names[v] for v in value] for value in values]
+            classes = classes or tuple(inner.names)
+        return Images(source, encoded, *number_several(values, classes))
     if isinstance(kind, datasets.ClassLabel):
         values = [None if v in (None, -1) else kind.names[v] for v in values]  # -1: not known
         classes = classes or tuple(kind.names)
@@ -534,6 +561,14 @@ class Cells:
 
     def __getitem__(self, index: int) -> Any:
         return self.table[index][self.column][0].as_py()
+
+
+def several_of(kind: Any) -> Any:
+    """What a column of lists holds lists of, if that can be labels, else None."""
+    import datasets
+
+    inner = getattr(kind, "feature", None)  # of List, and of Sequence in older versions
+    return inner if isinstance(inner, datasets.Value | datasets.ClassLabel) else None
 
 
 def is_image(kind: Any) -> bool:
@@ -593,3 +628,14 @@ def number(
     order += [name for name in names if name not in order]
     place = {value: order.index(name) for value, name in zip(present, names, strict=True)}
     return torch.tensor([place[value] for value in values]), tuple(order)
+
+
+def number_several(
+    values: Sequence[Sequence[Any]], classes: tuple[str, ...] | None
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Lists of label values to (N, C) bool and the names of the C classes, ordered as `number`."""
+    flat, names = number([value for own in values for value in own], classes)
+    image = torch.arange(len(values)).repeat_interleave(torch.tensor([len(v) for v in values]))
+    labels = torch.zeros(len(values), len(names), dtype=torch.bool)
+    labels[image, flat.long()] = True
+    return labels, names

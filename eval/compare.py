@@ -26,7 +26,7 @@ import tyro
 from common import cli
 from common.run import read_json, write_atomically
 from eval import report
-from eval.published import DATA, PUBLISHED, Row
+from eval.published import DATA, PUBLISHED, Row, data_set
 from eval.report import as_markdown
 
 SUBJECTS = {"pixels": "raw pixels", "random": "random encoder", "encoder": ""}
@@ -37,6 +37,14 @@ PROTOCOLS = {
     "linear-features": "linear (on features)",
     "linear-online": "linear (during pretraining)",
     "linear-simsiam": "linear (SimSiam's protocol)",
+    "transfer-linear": "transfer (logistic regression)",
+    "transfer-linear-mean-per-class": "transfer (logistic regression, mean per class)",
+    "transfer-linear-map11": "transfer (logistic regression, 11-point mAP)",
+}
+FINE_TUNED = {
+    "-simclr": " (SimCLR's protocol)",
+    "-simclr-v2": " (SimCLR v2's protocol)",
+    "-byol": " (BYOL's protocol)",
 }
 LAYERS = {"-output": " on the head's output"}
 NETWORKS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "demo": "small demo CNN"}
@@ -143,7 +151,7 @@ def protocol_title(protocol: str) -> str:
         return f"kNN (k {knn[1]}){LAYERS.get(knn[2], knn[2].replace('-', ' '))}"
     if share := re.fullmatch(r"finetune-([\d.]+)(.*)", protocol):
         labels = "all labels" if share[1] == "100" else f"{share[1]} % of labels"
-        return f"fine-tuned, {labels}{share[2].replace('-', ' ')}"
+        return f"fine-tuned, {labels}{FINE_TUNED.get(share[2], share[2].replace('-', ' '))}"
     return PROTOCOLS.get(protocol, protocol)
 
 
@@ -153,12 +161,6 @@ def data_title(source: str) -> str:
 
 
 # ---- beside what was published -------------------------------------------------------------------
-
-
-def data_set(source: str) -> str:
-    """The key of `DATA` that a SOURCE is by its name; empty if it is none of them."""
-    name = Path(source).name.lower().replace("_", "-")
-    return next((key for key, (names, _) in DATA.items() if re.fullmatch(names, name)), "")
 
 
 def comparable(row: dict[str, Any], known: Row) -> bool:
@@ -199,7 +201,10 @@ def differences(row: dict[str, Any], known: Row) -> list[str]:
 
 def notes(row: dict[str, Any]) -> list[str]:
     """What is not the published setting's own even where the setting is the same."""
-    return ["JPEG copy of the data"] if re.search(r"jpe?g", row["data"].lower()) else []
+    copied = re.search(r"jpe?g", row["data"].lower())
+    drawn = "labels" in row and "subset" not in row
+    said = {"JPEG copy of the data": copied, "labels drawn here, not the official list": drawn}
+    return [note for note, true in said.items() if true]
 
 
 def published_for(row: dict[str, Any]) -> list[Row]:
@@ -343,7 +348,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 end, label = max(end, known.top1), f"{label} (published {known.top1:.1f})"
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
             axis.text(end + 2, i, label, va="center", size=8, bbox=box)
-        for row in (row for row in twins if row["protocol"] == "finetune-100"):
+        for row in (row for row in twins if row["protocol"].startswith("finetune-100")):
             axis.axvline(row["top1"], color=GREYS["supervised twin"], linewidth=1, zorder=0)
         axis.set_title("\n".join(textwrap.wrap(protocol_title(protocol), 22)), fontsize=9)
         axis.set(xlim=(0, 125), xticks=[0, 25, 50, 75, 100])

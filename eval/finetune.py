@@ -1,56 +1,137 @@
 """Fine-tuning: the whole network and a linear classifier, with labels.
 
-    python -m eval.finetune RUN
-    python -m eval.finetune RUN --label-fraction 0.01           # semi-supervised
-    python -m eval.finetune RUN --subset 1percent.txt           # the same, on listed images
-    python -m eval.finetune RUN --weights random --epochs 20    # the supervised twin
+    python -m eval.finetune RUN                                  # the protocol of the run's method
+    python -m eval.finetune RUN --label-fraction 0.01            # semi-supervised
+    python -m eval.finetune RUN --subset 1percent.txt            # the same, on listed images
+    python -m eval.finetune RUN --weights random --epochs 20     # the supervised twin
+    python -m eval.finetune RUN --freeze 5                       # the classifier and the head alone
 
-The supervised twin is what the same network, input and views reach when every label is known: the
-ceiling for a method on that data. Optimiser: SGD with Nesterov momentum 0.9, no weight decay, no
-warm-up, cosine to 0, base rate 0.05 at batch 256, crop and flip (arXiv 2002.05709 App. B.5).
-60 epochs, but 30 on a fraction of the labels above 1 % (likewise). This is SimCLR's protocol, and
-what is used for every method: MoCo's papers have none. BatchNorm is in training mode. Top-1 is that
-of the last epoch.
+`simclr`, `simclr-v2` and `byol` are the papers' protocols; MoCo's papers have none, and SimCLR's is
+used for it. All: crop and flip, no weight decay, no warm-up, cosine to 0 per step. Where a protocol
+has several rates and lengths, each is run, and one is chosen on held-out training images.
+
+BatchNorm is in training mode, but for frozen layers. A batch of more than PART images goes through
+in parts, whose gradients add up to the batch's; BatchNorm sees the parts (PAPER/CODE: SimCLR v2's
+is over the whole batch). The supervised twin is what the same network, input and views reach when
+every label is known: the ceiling for a method on that data. Top-1 is that of the last epoch.
+Stopped, the same command goes on where it was.
 """
 
 import copy
 import hashlib
+import itertools
 import math
-import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common import cli
 from common.augment import Batched
-from common.data import Images, batch_indices, generator, name_of, take
-from eval.encoder import Encoder
+from common.data import Batch, Images, batch_indices, generator, name_of, take
+from eval.encoder import Cut, Encoder, load
+from eval.features import digest_of
 from eval.knn import accuracy
 from eval.linear import MEMORY_GB, judged, train_views
-from eval.results import Subject, confidence, record, subjects
+from eval.results import Subject, confidence, name_of_record, record, subjects
+from eval.unfinished import Unfinished
+
+PART = 256  # images that go through the network at once
+FEW = 256  # the batch on small images, or on few
+ETA = 0.001  # trust coefficient of LARS (arXiv 1708.03888)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Fine-tune an encoder with all labels."""
+    """Fine-tune an encoder with labels."""
 
     run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder or an encoder.safetensors
     weights: str = ""  # start from these instead: random (the supervised twin), torchvision:ARCH
     data: str = ""  # images to train and judge on; default: those of the run
-    layer: int = 0  # 0: from the representation; k: from the head's k-th hidden layer (v2: 1)
+    protocol: Literal["", "simclr", "simclr-v2", "byol"] = ""  # default: the method's
+    layer: int | None = None  # 0: from the representation; k: from the head's k-th hidden layer
     label_fraction: float = 1.0  # of the training images, balanced over the classes
     subset: str = ""  # a file that names the images to train on, one a line, in place of a fraction
-    epochs: int = 0  # default: 60, or 30 above 1 % of the labels (arXiv 2002.05709 App. B.5)
-    base_lr: float = 0.05  # at batch 256 (likewise)
-    batch_size: int = 256
-    weight_decay: float = 0.0  # on all parameters (likewise)
-    seed: int = 1  # of order, crops and the classifier's initial weights
+    freeze: int = 0  # first stages to leave as they are: 1 the stem, to 5 all of a ResNet
+    epochs: int = 0  # default: the protocol's
+    base_lr: float = 0.0  # default: the protocol's; scaled by the batch as there
+    batch_size: int = 0  # default: the protocol's, of all images if they are fewer
+    weight_decay: float = 0.0  # on all parameters, with SGD
+    seed: int = 1  # of labels, order, crops and the classifier's initial weights
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a network is fine-tuned: SGD with Nesterov momentum 0.9, or LARS."""
+
+    name: str
+    rates: tuple[float, ...]  # at batch 256, or at batch 1 with square-root scaling
+    epochs: tuple[int, ...]
+    batch_size: int
+    square_root: bool = False  # the rate grows with the root of the batch, not with the batch
+    lars: bool = False
+    zero_init: bool = False  # the classifier begins at zeros
+
+    def peak(self, rate: float, size: int) -> float:
+        return rate * (math.sqrt(size) if self.square_root else size / 256)
+
+
+# arXiv 2002.05709 App. B.5; 30 epochs above 1 % of the labels (likewise; of all labels: ours)
+SIMCLR = Protocol("simclr", rates=(0.05,), epochs=(60, 30), batch_size=4096)
+# google-research/simclr README, "Semi-supervised learning and fine-tuning"
+SIMCLR_V2 = Protocol(
+    "simclr-v2", (0.005,), epochs=(60, 30), batch_size=1024,
+    square_root=True, lars=True, zero_init=True,
+)  # fmt: skip
+# arXiv 2006.07733 App. C.1, which does not say whether the rates follow the batch; CODE's do
+BYOL = Protocol("byol", (0.01, 0.02, 0.05, 0.1, 0.005), epochs=(30, 50), batch_size=1024)
+PROTOCOLS = {"simclr": SIMCLR, "simclr-v2": SIMCLR_V2, "byol": BYOL, "moco": SIMCLR}
+
+
+def protocol_of(encoder: Encoder, settings: Settings, percent: float) -> Protocol:
+    """The protocol asked for, or that of the run's method, at a share of the labels.
+
+    The supervised twin's is SimCLR's, whatever the run's method is.
+    """
+    name = settings.protocol
+    if not name and encoder.name == "encoder":
+        name = encoder.about.get("method", "simclr")
+        if name == "simclr" and encoder.about.get("head", []).count("Linear") == 3:
+            name = "simclr-v2"
+    name = name or "simclr"
+    paper = PROTOCOLS[name]
+    if paper is not BYOL:
+        paper = replace(paper, epochs=paper.epochs[:1] if percent <= 1 else paper.epochs[1:])
+    return replace(
+        paper,
+        rates=(settings.base_lr,) if settings.base_lr else paper.rates,
+        epochs=(settings.epochs,) if settings.epochs else paper.epochs,
+        batch_size=settings.batch_size or paper.batch_size,
+    )
+
+
+def batch_of(protocol: Protocol, settings: Settings, count: int, size: int) -> int:
+    """The batch on `count` images, at `size` pixels; FEW where nobody has published anything.
+
+    1 % of ImageNet are 12,811 images, three batches of 4096.
+    """
+    small = count < 10_000 or size <= 32
+    return min(FEW if small and not settings.batch_size else protocol.batch_size, count)
+
+
+def layer_of(encoder: Encoder, settings: Settings) -> int:
+    """SimCLR v2 begins at the head's first hidden layer, but with all labels at h (README)."""
+    own = protocol_of(encoder, settings, 100).name == "simclr-v2"
+    few = settings.label_fraction < 1 or bool(settings.subset)
+    return settings.layer if settings.layer is not None else int(own and few)
+
+
+# ---- which images, which layers ------------------------------------------------------------------
 
 
 def choose(images: Images, fraction: float, subset: str, seed: int) -> Tensor:
@@ -77,80 +158,246 @@ def choose(images: Images, fraction: float, subset: str, seed: int) -> Tensor:
     return keep
 
 
-def fine_tune(encoder: Encoder, images: Images, settings: Settings, device: str) -> nn.Sequential:
-    """Encoder and classifier after the last epoch, in evaluation mode; `encoder` keeps its own."""
+def stages(network: nn.Module) -> list[list[nn.Module]]:
+    """The layers of an encoder from the input on: of a ResNet the stem and its four groups."""
+    if isinstance(network, Cut):
+        return stages(network.encoder)
+    if layers := getattr(network, "layers", None):  # the demo's: convolution, BatchNorm, ReLU
+        return [list(layers[i : i + 3]) for i in range(0, 12, 3)]
+    parts = dict(network.named_children())
+    return [[parts["conv1"], parts["bn1"]], *([parts[f"layer{i}"]] for i in range(1, 5))]
+
+
+def freeze(network: nn.Module, count: int) -> None:
+    """Leave the first `count` stages as they are: no gradient, and BatchNorm in evaluation mode.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if count == 0:
+        return
+    found = stages(network)
+    if count > len(found):
+        raise cli.UserError(f"--freeze {count}: the encoder has {len(found)} stages")
+    for module in itertools.chain(*found[:count]):
+        module.requires_grad_(False).eval()
+
+
+# ---- optimiser -----------------------------------------------------------------------------------
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling, as SimCLR v2 fine-tunes. Twin: simclr/optim.py."""
+
+    def __init__(
+        self, params: Iterable[Tensor] | Iterable[dict], momentum: float = 0.9, eta: float = ETA
+    ) -> None:
+        settings = {"lr": 0.0, "weight_decay": 0.0, "adapt": True, "momentum": momentum, "eta": eta}
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update. A closure has no use here and is not supported."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if "v" not in self.state[p]:
+                    self.state[p]["v"] = torch.zeros_like(p)
+            buffers = [self.state[p]["v"] for p in params]
+            grads = torch._foreach_add(
+                [p.grad for p in params], params, alpha=group["weight_decay"]
+            )
+            rates = [group["lr"]] * len(params)
+            if group["adapt"]:
+                trust = torch.stack(torch._foreach_norm(params)) * group["eta"]
+                trust /= torch.stack(torch._foreach_norm(grads))
+                trust = torch.where((trust > 0) & trust.isfinite(), trust, 1.0)
+                rates = list((trust * group["lr"]).unbind())
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, torch._foreach_mul(grads, rates))
+            torch._foreach_sub_(params, buffers)
+
+
+def optimizer_of(
+    model: nn.Sequential, protocol: Protocol, weight_decay: float
+) -> torch.optim.Optimizer:
+    """That of the protocol; its rate is set before every step."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not protocol.lars:
+        return torch.optim.SGD(
+            params, lr=0.0, momentum=0.9, nesterov=True, weight_decay=weight_decay
+        )
+    # CODE model_util.py:95-100: neither biases, nor normalisation, nor the classifier are adapted
+    plain = {id(p) for p in params if p.ndim <= 1} | {id(p) for p in model[1].parameters()}
+    groups = [
+        {"params": [p for p in params if id(p) not in plain], "adapt": True},
+        {"params": [p for p in params if id(p) in plain], "adapt": False},
+    ]
+    return LARS(groups, momentum=0.9)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def fine_tune(
+    encoder: Encoder,
+    images: Images,
+    protocol: Protocol,
+    settings: Settings,
+    device: str,
+    unfinished: Unfinished,
+    before: dict[str, Any],
+) -> nn.Sequential:
+    """Encoder and classifier after the last epoch, in evaluation mode; `encoder` keeps its own.
+
+    Args:
+        protocol: with one rate and one length.
+        before: what is to be kept beside the state of this training.
+    """
     assert images.labels is not None
-    size = min(settings.batch_size, len(images))
-    steps = len(images) // size * settings.epochs
-    peak = settings.base_lr * size / 256
-    network = copy.deepcopy(encoder.network)
+    (rate,), (epochs,) = protocol.rates, protocol.epochs
+    size = min(protocol.batch_size, len(images))
+    steps, peak = len(images) // size * epochs, protocol.peak(rate, size)
+    network = copy.deepcopy(encoder.network).train()
+    freeze(network, settings.freeze)
     torch.manual_seed(settings.seed)
-    width = int(network.num_features)  # type: ignore[arg-type]
-    classifier = nn.Linear(width, len(images.classes))
-    model = nn.Sequential(network, classifier).to(device).train()
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=peak, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
-    )
+    classifier = nn.Linear(int(network.num_features), len(images.classes))  # type: ignore[arg-type]
+    if protocol.zero_init:
+        nn.init.zeros_(classifier.weight)
+        nn.init.zeros_(classifier.bias)
+    model = nn.Sequential(network, classifier).to(device)
+    optimizer = optimizer_of(model, protocol, settings.weight_decay)
+    first = unfinished.state.get("step", 0)
+    if first:
+        model.load_state_dict(unfinished.state["model"])
+        optimizer.load_state_dict(unfinished.state["optimizer"])
     program = Batched(train_views(encoder.input))
-    orders = (
-        batch_indices(step, batch_size=size, count=len(images), seed=settings.seed, drop_last=True)
-        for step in range(steps)
-    )
-    batches = images.batches(orders, workers=2)
-    for step, batch in enumerate(tqdm(batches, "finetune", steps, leave=False, disable=None)):
+
+    def batches(first: int) -> Iterator[Batch]:
+        order = {"batch_size": size, "count": len(images), "seed": settings.seed}
+        orders = (batch_indices(s, **order, drop_last=True) for s in range(first, steps))
+        return images.batches(orders, workers=2)
+
+    def state() -> dict[str, Any]:
+        return before | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    what = f"finetune {protocol.name}, rate {rate:g}, {epochs} epochs"
+    for step, batch in unfinished.steps(batches, steps, what, state, first):
         stream = generator(settings.seed, "finetune", step)
         draws = torch.rand((size, program.draws), generator=stream, dtype=torch.float64)
-        logits = model(program(batch.images.to(device), draws, batch.sizes))
-        loss = F.cross_entropy(logits, images.labels[batch.indices].to(device))
-        optimizer.param_groups[0]["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+        labels = images.labels[batch.indices].to(device)
         optimizer.zero_grad()
-        loss.backward()
+        for part in torch.arange(size).split(PART):
+            own = slice(int(part[0]), int(part[-1]) + 1)
+            views = program(batch.images[own].to(device), draws[own], batch.sizes[own])
+            loss = F.cross_entropy(model(views), labels[own], reduction="sum") / size
+            loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.step()
     return model.eval()
+
+
+def hits(found: Iterable[tuple[Tensor, Tensor]]) -> int:
+    return sum(int((logits.argmax(1) == labels).sum()) for logits, labels in found)
+
+
+def best_of(
+    subject: Subject, train: Images, protocol: Protocol, settings: Settings, unfinished: Unfinished
+) -> tuple[nn.Sequential, Protocol]:
+    """The network of the rate and the length that do best on held-out training images.
+
+    A tenth of `train`, at most 10,000 images, is held out if there is anything to choose.
+    """
+    options = [
+        replace(protocol, rates=(rate,), epochs=(epochs,))
+        for rate, epochs in itertools.product(protocol.rates, protocol.epochs)
+    ]
+    own, device = (subject.encoder, train), subject.device
+    if len(options) == 1:
+        return fine_tune(*own, options[0], settings, device, unfinished, {}), options[0]
+    held_out = torch.zeros(len(train), dtype=torch.bool)
+    order = torch.randperm(len(train), generator=generator(settings.seed, "held out"))
+    held_out[order[: max(1, min(len(train) // 10, 10_000))]] = True
+    part, choosing = take(train, ~held_out, "9/10"), take(train, held_out, "1/10")
+    part.into_memory(MEMORY_GB)
+    choosing.into_memory(MEMORY_GB)
+    every = torch.arange(len(choosing))
+    given = subject.encoder.input
+    done = {k: unfinished.state.get(k, v) for k, v in (("option", 0), ("most", -1), ("best", -1))}
+    weights: Any = unfinished.state.get("weights")
+    for i in range(done["option"], len(options)):
+        before = {**done, "option": i, "weights": weights}
+        model = fine_tune(subject.encoder, part, options[i], settings, device, unfinished, before)
+        right = hits(judged(model, choosing, given, every, device))
+        if right > done["most"]:
+            done |= {"most": right, "best": i}
+            weights = copy.deepcopy(model.state_dict())
+        done["option"] = i + 1
+        unfinished.keep(**done, weights=weights, step=0)
+    model = nn.Sequential(copy.deepcopy(subject.encoder.network), nn.Identity())
+    width, classes = weights["1.weight"].shape[::-1]
+    model[1] = nn.Linear(width, classes)
+    model.load_state_dict(weights)
+    return model.to(device).eval(), options[done["best"]]
 
 
 def judge(subject: Subject, settings: Settings) -> None:
     train, test = subject.splits()
     if subject.encoder.name == "pixels":
         raise cli.UserError("--weights pixels: there is nothing to fine-tune")
-    began = time.perf_counter()
     keep = choose(train, settings.label_fraction, settings.subset, settings.seed)
     whole, classes = bool(keep.all()), len(train.classes)
     share = round(100 * keep.double().mean().item()) if settings.subset else None
     percent = 100 * settings.label_fraction if share is None else max(1, share)
-    settings = replace(settings, epochs=settings.epochs or (30 if 1 < percent < 100 else 60))
+    protocol = protocol_of(subject.encoder, settings, percent)
     train = train if whole else take(train, keep, f"{percent:g} % of the labels")
+    size = batch_of(protocol, settings, len(train), subject.encoder.input.size)
+    protocol = replace(protocol, batch_size=size)
+    own_layer = subject.encoder.layer == layer_of(subject.encoder, replace(settings, layer=None))
+    name = f"finetune-{percent:g}-{protocol.name}"  # percent of the labels
+    name += "" if own_layer else subject.encoder.suffix
+    name += f"-freeze{settings.freeze}" if settings.freeze else ""
     train.into_memory(MEMORY_GB)
     test.into_memory(MEMORY_GB)
-    model = fine_tune(subject.encoder, train, settings, subject.device)
-    every = torch.arange(len(test))
-    judging = judged(model, test, subject.encoder.input, every, subject.device)
+    given = subject.encoder.input
+    key = f"{digest_of(subject.encoder.network, given, train)} {protocol} {settings}"
+    unfinished = Unfinished(subject.folder, name_of_record(subject, name), key)
+    model, chosen = best_of(subject, train, protocol, settings, unfinished)
+    judging = judged(model, test, given, torch.arange(len(test)), subject.device)
     rankings, truths = zip(*((x.argsort(1, descending=True), y) for x, y in judging), strict=True)
     ranking, truth = torch.cat(rankings), torch.cat(truths)
     top1 = accuracy(ranking, truth)
     record(
         subject,
-        f"finetune-{percent:g}{subject.encoder.suffix}",  # percent of the labels
+        name,
         top1=top1,
         top5=accuracy(ranking, truth, 5) if classes > 5 else None,
         counts=(len(train), len(test)),
         interval=confidence(top1, len(truth)),
         labels=None if whole else hashlib.sha256(keep.numpy().tobytes()).hexdigest(),
         subset=settings.subset or None,
-        lr=settings.base_lr * min(settings.batch_size, len(train)) / 256,
-        probe_epochs=settings.epochs,
-        probe_batch_size=min(settings.batch_size, len(train)),
+        layer=subject.encoder.layer or None,
+        lr=round(chosen.peak(chosen.rates[0], chosen.batch_size), 6),
+        chosen_of=len(protocol.rates) * len(protocol.epochs),
+        probe_epochs=chosen.epochs[0],
+        probe_batch_size=chosen.batch_size,
         probe_weight_decay=settings.weight_decay or None,
         probe_seed=settings.seed,
-        seconds=time.perf_counter() - began,
+        seconds=unfinished.seconds(),
     )
+    unfinished.remove()
 
 
 def main() -> None:
     settings = cli.check_ranges(
         tyro.cli(Settings, prog="python -m eval.finetune", description=__doc__)
     )
-    for subject in subjects(settings.run, settings.weights, (), settings.data, settings.layer):
+    s = settings
+    layer = layer_of(load(s.run, s.weights), s)
+    for subject in subjects(s.run, s.weights, (), s.data, layer):
         judge(subject, settings)
 
 

@@ -9,11 +9,11 @@ held against a paper's figure. Where a protocol sweeps learning rates, all are t
 one is chosen on held-out training images.
 
 Top-1 is that of the last epoch. The encoder is in evaluation mode, and proven unchanged.
+Stopped, the same command goes on where it was.
 """
 
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -22,15 +22,15 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from common import cli
 from common.augment import Batched
 from common.data import Images, batch_indices, generator
 from eval.encoder import Input
-from eval.features import fingerprint, prepare
+from eval.features import digest_of, fingerprint, prepare
 from eval.knn import accuracy
-from eval.results import Subject, confidence, record, subjects
+from eval.results import Subject, confidence, name_of_record, record, subjects
+from eval.unfinished import Unfinished
 
 MEMORY_GB = 4.0  # decode once and keep the pixels if they need less than this
 
@@ -163,18 +163,38 @@ def hold_out(count: int, protocol: Protocol, seed: int) -> tuple[Tensor, Tensor]
     return order[size:].sort().values, order[:size].sort().values
 
 
-def orders(kept: Tensor, protocol: Protocol, seed: int) -> Iterator[Tensor]:
-    """(B,) indices of the images of every step."""
+def steps_of(kept: Tensor, protocol: Protocol) -> int:
+    return len(kept) // min(protocol.batch_size, len(kept)) * protocol.epochs
+
+
+def orders(kept: Tensor, protocol: Protocol, seed: int, first: int = 0) -> Iterator[Tensor]:
+    """(B,) indices of the images of every step from `first` on."""
     size, count = min(protocol.batch_size, len(kept)), len(kept)
-    for step in range(count // size * protocol.epochs):
+    for step in range(first, steps_of(kept, protocol)):
         place = batch_indices(step, batch_size=size, count=count, seed=seed, drop_last=True)
         yield kept[place]
 
 
-def train(probe: Probe, batches: Iterator[tuple[Tensor, Tensor]], steps: int) -> None:
-    """Every step of a protocol on (features, labels) batches."""
-    bar = tqdm(batches, f"linear {probe.protocol.name}", steps, disable=None, leave=False)
-    for step, (features, labels) in enumerate(bar):
+def train(
+    probe: Probe,
+    batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]],
+    steps: int,
+    unfinished: Unfinished,
+) -> None:
+    """Every step of a protocol that is still to be done.
+
+    Args:
+        batches: from a step to the (features, labels) of it and of those that follow.
+    """
+    first = unfinished.state.get("step", 0)
+    for name in ("weight", "velocity") if first else ():
+        getattr(probe, name).copy_(unfinished.state[name])
+
+    def state() -> dict[str, Tensor]:
+        return {"weight": probe.weight, "velocity": probe.velocity}
+
+    what = f"linear {probe.protocol.name}"
+    for step, (features, labels) in unfinished.steps(batches, steps, what, state, first):
         probe.step(features, labels, probe.protocol.decay_at(step, steps))
 
 
@@ -204,11 +224,13 @@ def augmented(
     protocol: Protocol,
     device: str,
     seed: int,
+    first: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, F) features of crops and (B,) labels for every step."""
+    """(B, F) features of crops and (B,) labels for every step from `first` on."""
     assert images.labels is not None
     program = Batched(train_views(given))
-    for step, batch in enumerate(images.batches(orders(kept, protocol, seed), workers=2)):
+    batches = images.batches(orders(kept, protocol, seed, first), workers=2)
+    for step, batch in enumerate(batches, first):
         shape = (len(batch.indices), program.draws)
         stream = generator(seed, "linear", step)
         draws = torch.rand(shape, generator=stream, dtype=torch.float64)
@@ -232,17 +254,21 @@ def judged(
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def run_probe(subject: Subject, protocol: Protocol, seed: int) -> tuple[Tensor, Tensor, float]:
+def run_probe(
+    subject: Subject, protocol: Protocol, seed: int, unfinished: Unfinished
+) -> tuple[Tensor, Tensor, float]:
     """(N, C) ranking of the test images, (N,) labels, and the learning rate used."""
     images, test = subject.splits()
     assert images.labels is not None
     network, given, device = subject.encoder.network, subject.encoder.input, subject.device
     kept, held_out = hold_out(len(images), protocol, seed)
-    steps = len(kept) // min(protocol.batch_size, len(kept)) * protocol.epochs
     if protocol.augment:
         images.into_memory(MEMORY_GB)
         test.into_memory(MEMORY_GB)
-        batches = augmented(network, images, given, kept, protocol, device, seed)
+
+        def batches(first: int) -> Iterator[tuple[Tensor, Tensor]]:
+            return augmented(network, images, given, kept, protocol, device, seed, first)
+
         choosing = judged(network, images, given, held_out, device)
         judging = judged(network, test, given, torch.arange(len(test)), device)
         width = int(network.num_features)  # type: ignore[arg-type]
@@ -253,12 +279,15 @@ def run_probe(subject: Subject, protocol: Protocol, seed: int) -> tuple[Tensor, 
         bank, queries, device = (bank - mean) / std, (queries - mean) / std, "cpu"
         if len(bank) < len(images):  # undecodable images were left out
             kept, held_out = hold_out(len(bank), protocol, seed)
-        batches = ((bank[i], labels[i]) for i in orders(kept, protocol, seed))
+
+        def batches(first: int) -> Iterator[tuple[Tensor, Tensor]]:
+            return ((bank[i], labels[i]) for i in orders(kept, protocol, seed, first))
+
         choosing = iter([(bank[held_out], labels[held_out])])
         judging = iter([(queries, truth)])
         width = bank.shape[1]
     probe = Probe(width, len(images.classes), protocol, device, seed)
-    train(probe, batches, steps)
+    train(probe, batches, steps_of(kept, protocol), unfinished)
     if len(held_out):
         hits = torch.stack([(probe.logits(x).argmax(-1) == y).sum(1) for x, y in choosing]).sum(0)
         probe.keep(int(hits.argmax()))
@@ -272,14 +301,18 @@ def judge(subject: Subject, settings: Settings) -> None:
     protocol = protocol_of(subject, settings)
     kept, _ = hold_out(len(subject.splits()[0]), protocol, settings.seed)
     protocol = replace(protocol, batch_size=min(protocol.batch_size, len(kept)))  # rates follow
-    began, before = time.perf_counter(), fingerprint(network)
-    ranking, truth, rate = run_probe(subject, protocol, settings.seed)
+    before = fingerprint(network)
+    name = f"linear-{protocol.name}{subject.encoder.suffix}"
+    depends = digest_of(network, subject.encoder.input, subject.splits()[0])
+    key = f"{depends} {protocol} {settings.seed}"
+    unfinished = Unfinished(subject.folder, name_of_record(subject, name), key)
+    ranking, truth, rate = run_probe(subject, protocol, settings.seed, unfinished)
     if fingerprint(network) != before:
         raise RuntimeError("the encoder changed under the classifier: not a linear evaluation")
     top1 = accuracy(ranking, truth)
     record(
         subject,
-        f"linear-{protocol.name}{subject.encoder.suffix}",
+        name,
         top1=top1,
         top5=accuracy(ranking, truth, 5) if ranking.shape[1] > 5 else None,
         interval=confidence(top1, len(truth)),
@@ -287,8 +320,9 @@ def judge(subject: Subject, settings: Settings) -> None:
         probe_epochs=protocol.epochs,
         probe_batch_size=protocol.batch_size,
         probe_seed=settings.seed,
-        seconds=time.perf_counter() - began,
+        seconds=unfinished.seconds(),
     )
+    unfinished.remove()
 
 
 def main() -> None:

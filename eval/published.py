@@ -13,8 +13,10 @@ deepmind-research/byol at f5de0ed; lightly = the benchmarks page of lightly's do
 e8d317f; dkobak = the README of dkobak/simclr-cifar10; solo-learn = its README at 9187ea3.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 
@@ -56,6 +58,19 @@ DATA = {
     "caltech101": (r"caltech-?101", 6_084),
     "flowers102": (r"(oxford-?)?flowers-?102", 6_149),
 }
+
+# What P-BYOL App. D measures where it is not Top-1, as eval/transfer.py names it.
+MEASURES = {
+    **dict.fromkeys(("aircraft", "pets", "caltech101", "flowers102"), "mean-per-class"),
+    "voc2007": "map11",
+}
+
+
+def data_set(source: str) -> str:
+    """The key of `DATA` that a SOURCE is by its name; empty if it is none of them."""
+    name = Path(source).name.lower().replace("_", "-")
+    return next((key for key, (names, _) in DATA.items() if re.fullmatch(names, name)), "")
+
 
 R50, R18 = "ResNet-50", "ResNet-18"
 
@@ -384,7 +399,9 @@ TRANSFERRED = {
 }
 TRANSFER = {
     f"{method.split()[0].lower()}-{protocol}-{data}": Row(
-        method, R50, 1000, 4096, data, protocol, top1, None, source, pretrained="imagenet"
+        method, R50, 1000, 4096, data,
+        f"{protocol}-{MEASURES[data]}" if data in MEASURES else protocol,
+        top1, None, source, pretrained="imagenet",
     )
     for (method, protocol, source), figures in TRANSFERRED.items()
     for data, top1 in zip(SETS, figures, strict=True)

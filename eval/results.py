@@ -34,11 +34,14 @@ class Subject:
     _splits: tuple[Images, Images] | None = field(default=None, repr=False)
     _opened: tuple[Images, Images | None] | None = field(default=None, repr=False)
     cache: Path | None = None  # where features are kept
+    several: bool = False  # whether an image may have several labels
 
     def opened(self) -> tuple[Images, Images | None]:
         """The labelled training split of the source and its test split, if it has one."""
         if self._opened is None:
-            self._opened = self._splits or open_labelled(self.source, **self.columns)
+            self._opened = self._splits or open_labelled(
+                self.source, several=self.several, **self.columns
+            )
         return self._opened
 
     def splits(self) -> tuple[Images, Images]:
@@ -58,7 +61,12 @@ class Subject:
 
 
 def subjects(
-    run: str, weights: str, baselines: Sequence[str], data: str, layer: int = 0
+    run: str,
+    weights: str,
+    baselines: Sequence[str],
+    data: str,
+    layer: int = 0,
+    several: bool = False,
 ) -> Iterator[Subject]:
     """What a command was asked to judge: the run (or `weights` in its place), then the baselines.
 
@@ -76,7 +84,7 @@ def subjects(
     splits = opened = None
     for encoder in encoders:
         where = folder / "results" if folder else None
-        subject = Subject(encoder, source, columns, where, config)
+        subject = Subject(encoder, source, columns, where, config, several=several)
         subject.cache = folder / "features" if folder else None
         subject._splits, subject._opened = splits, opened  # decoded once for all
         yield subject
@@ -135,8 +143,7 @@ def record(
     }
     if subject.folder:
         subject.folder.mkdir(exist_ok=True)
-        other = "" if subject.source == subject.config.get("data") else f"-on-{subject.source}"
-        path = subject.folder / file_name(f"{protocol}-{subject.encoder.name}{other}")
+        path = subject.folder / f"{name_of_record(subject, protocol)}.json"
         write_atomically(path, json.dumps(row, indent=2).encode() + b"\n")
     interval = values.get("interval")
     spread = f" ± {interval:.1f}" if interval is not None else ""
@@ -145,12 +152,18 @@ def record(
     return row
 
 
+def name_of_record(subject: Subject, protocol: str) -> str:
+    """The name of a judgement's file, without its ending."""
+    other = "" if subject.source == subject.config.get("data") else f"-on-{subject.source}"
+    return file_name(f"{protocol}-{subject.encoder.name}{other}")
+
+
 def file_name(title: str) -> str:
-    """NAME.json of letters, digits, `-`, `_` and `.` alone; cut where a disk would refuse it."""
+    """Letters, digits, `-`, `_` and `.` alone; cut where a disk would refuse it."""
     name = re.sub(r"[^\w.]+", "-", title)
     if len(name.encode()) > 200:  # of the 255 bytes that file systems allow
         name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return f"{name}.json"
+    return name
 
 
 def confidence(percent: float, count: int) -> float:

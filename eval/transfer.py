@@ -8,13 +8,16 @@ augmentation; the short side is resized to the encoder's size, bicubic, and the 
 L2-regularised multinomial logistic regression by L-BFGS. The regularisation is one of 45 values,
 log-spaced in [1e-6, 1e5], chosen on the source's own validation images, else on a fifth of the
 training images; then the classifier is fitted again to both. The encoder is in evaluation mode.
+Stopped, the same command goes on where it was.
+
+Where an image has several labels (VOC 2007: a column of lists) there is one binary classifier for
+each class, and the measure is the mean over classes of the 11-point average precision.
 
 PAPER: neither paper says what the values multiply; here the objective is the summed cross entropy
 plus value / 2 times the squared weights, biases left out (scikit-learn's with C = 1 / value).
 """
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -22,13 +25,14 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from common import cli
 from common.data import generator, open_validation
-from eval.features import fingerprint
+from eval.features import digest_of, fingerprint
 from eval.knn import accuracy
-from eval.results import Subject, confidence, record, subjects
+from eval.published import MEASURES, data_set
+from eval.results import Subject, confidence, name_of_record, record, subjects
+from eval.unfinished import Unfinished
 
 VALUES = tuple(torch.logspace(-6, 5, 45, dtype=torch.float64).tolist())
 
@@ -42,8 +46,8 @@ class Settings:
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     data: tuple[str, ...] = ("",)  # sources to judge on; default: that of the run
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
-    metric: Literal["top1", "mean-per-class"] = "top1"  # the latter for Aircraft, Pets, Caltech-101
-    # and Flowers (arXiv 2006.07733 App. D)
+    metric: Literal["", "top1", "mean-per-class", "map11"] = ""  # default: that of App. D for the
+    # source's name; else top1, or map11 where images have several labels
     iterations: int = 200  # of L-BFGS, at most, for each value
     seed: int = 1  # of the images held out where the source has no validation split
 
@@ -60,7 +64,8 @@ def fit(
     """(F + 1, C) weights, the last row the bias, that minimise the objective at `value`.
 
     Args:
-        features, labels: (N, F) and (N,).
+        features: (N, F).
+        labels: (N,), or (N, C) bool: whether the image is of the class, for each class by itself.
         start: weights to begin at; default: zeros.
     """
     inputs = F.pad(features, (0, 1), value=1.0)
@@ -77,7 +82,9 @@ def fit(
     def objective() -> Tensor:
         optimizer.zero_grad()
         penalty = 0.5 * value / len(inputs) * weight[:-1].square().sum()
-        loss = F.cross_entropy(inputs @ weight, labels) + penalty
+        logits = inputs @ weight
+        loss = F.cross_entropy(logits, labels) if labels.ndim == 1 else each_class(logits, labels)
+        loss = loss + penalty
         loss.backward()
         return loss
 
@@ -85,12 +92,27 @@ def fit(
     return weight.detach()
 
 
+def each_class(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross entropy of (N, C) logits and labels: summed over classes, mean over images."""
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="sum") / len(
+        labels
+    )
+
+
 def path(
-    features: Tensor, labels: Tensor, classes: int, iterations: int
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    iterations: int,
+    first: int = 0,
+    weight: Tensor | None = None,
 ) -> Iterator[tuple[float, Tensor]]:
-    """(value, weights) from the strongest regularisation down, each begun at the one before."""
-    weight = None
-    for value in tqdm(VALUES[::-1], "transfer", leave=False, disable=None):
+    """(value, weights) from the strongest regularisation down, each begun at the one before.
+
+    Args:
+        first, weight: the value to begin at, counted from the strongest, and the weights before it.
+    """
+    for value in VALUES[::-1][first:]:
         weight = fit(features, labels, classes, value, start=weight, iterations=iterations)
         yield value, weight
 
@@ -100,66 +122,132 @@ def scores(features: Tensor, weight: Tensor) -> Tensor:
     return F.pad(features, (0, 1), value=1.0) @ weight
 
 
-def mean_per_class(ranking: Tensor, labels: Tensor) -> float:
-    """The mean over the classes present of the share, in percent, that is right in each."""
-    right = ranking[:, 0] == labels
-    return (
-        100
-        * sum(right[labels == c].double().mean().item() for c in labels.unique())
-        / len(labels.unique())
-    )
+# ---- measures: (N, C) scores and labels to percent -----------------------------------------------
 
 
-METRICS = {"top1": accuracy, "mean-per-class": mean_per_class}
+def top1(scores: Tensor, labels: Tensor) -> float:
+    return 100 * (scores.argmax(1) == labels).double().mean().item()
+
+
+def mean_per_class(scores: Tensor, labels: Tensor) -> float:
+    """The mean over the classes present of the share that is right in each."""
+    right = scores.argmax(1) == labels
+    shares = [right[labels == c].double().mean().item() for c in labels.unique()]
+    return 100 * sum(shares) / len(shares)
+
+
+def map11(scores: Tensor, labels: Tensor) -> float:
+    """The mean over the classes present of VOC 2007's average precision; labels: (N, C) bool.
+
+    That of a class is the mean, over the recalls 0, 0.1, ..., 1, of the best precision at that
+    recall or a higher one.
+    """
+    precisions = []
+    for score, own in zip(scores.T, labels.T, strict=True):
+        if own.any():
+            hits = own[score.argsort(descending=True, stable=True)].double().cumsum(0)
+            precision = hits / torch.arange(1, len(hits) + 1).to(hits)
+            reached = (10 * hits / hits[-1] + 1e-9).floor()  # recall in tenths: 3 of 10 reach 0.3
+            best = [precision[reached >= tenth].max() for tenth in range(11)]
+            precisions.append(torch.stack(best).mean().item())
+    return 100 * sum(precisions) / len(precisions)
+
+
+Measure = Callable[[Tensor, Tensor], float]
+METRICS: dict[str, Measure] = {"top1": top1, "mean-per-class": mean_per_class, "map11": map11}
+
+
+def interval(measure: Measure, scores: Tensor, labels: Tensor, draws: int = 200) -> float:
+    """Half the width of the 95 % interval: Wilson's, or by resampling the images (bootstrap)."""
+    if measure is top1:
+        return confidence(top1(scores, labels), len(labels))
+    found = []
+    for i in range(draws):
+        again = torch.randint(len(labels), (len(labels),), generator=generator("bootstrap", i))
+        found.append(measure(scores[again], labels[again]))
+    return 1.959964 * torch.tensor(found).std().item()
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def metric_of(settings: Settings, source: str, labels: Tensor) -> str:
+    """The measure asked for, or that of the data set.
+
+    Raises:
+        UserError: it needs one label an image and there are several, or the reverse.
+    """
+    usual = "map11" if labels.ndim == 2 else "top1"
+    metric = settings.metric or MEASURES.get(data_set(source), usual)
+    if (metric == "map11") != (labels.ndim == 2):
+        several = "several labels" if labels.ndim == 2 else "one label"
+        raise cli.UserError(f"--metric {metric}: an image of {source} has {several}")
+    return metric
 
 
 def judge(subject: Subject, settings: Settings) -> None:
     network = subject.encoder.network.to(subject.device)
-    began, before = time.perf_counter(), fingerprint(network)
+    before = fingerprint(network)
     train, test = subject.splits()
+    assert train.labels is not None
+    metric = metric_of(settings, subject.source, train.labels)
+    measure, classes, device = METRICS[metric], len(train.classes), subject.device
+    protocol = "transfer-linear" + (f"-{metric}" if metric != "top1" else "")
+    protocol += subject.encoder.suffix
     given = replace(subject.encoder.input, crop=1.0, interpolation="bicubic")
+    key = f"{digest_of(network, given, train)} {settings}"
+    unfinished = Unfinished(subject.folder, name_of_record(subject, protocol), key)
     (bank, labels), (queries, truth) = (subject.extract(part, given) for part in (train, test))
     own = open_validation(subject.source, train.classes, **subject.columns)
     if own is None:
         order = torch.randperm(len(bank), generator=generator(settings.seed, "transfer"))
-        held_out, kept = order[: len(bank) // 5], order[len(bank) // 5 :]
-        fitted, known, chosen_on, chosen = (
-            bank[kept],
-            labels[kept],
-            bank[held_out],
-            labels[held_out],
-        )
+        order = order.roll(-(len(bank) // 5))  # what is held out stands last
+        both, names, count = bank[order], labels[order], len(bank) - len(bank) // 5
     else:
-        fitted, known = bank, labels
         chosen_on, chosen = subject.extract(own, given)
+        both, names, count = torch.cat([bank, chosen_on]), torch.cat([labels, chosen]), len(bank)
     if fingerprint(network) != before:
         raise RuntimeError("the encoder changed: not a judgement of frozen features")
-    metric, classes, device = METRICS[settings.metric], len(train.classes), subject.device
-    both, names = torch.cat([fitted, chosen_on]).to(device), torch.cat([known, chosen]).to(device)
-    fitted, known = both[: len(fitted)], names[: len(known)]
-    best, value, weight = -1.0, 0.0, torch.empty(0)
-    for tried, found in path(fitted, known, classes, settings.iterations):
-        ranking = scores(both[len(fitted) :], found).argsort(1, descending=True)
-        if (reached := metric(ranking, names[len(known) :])) > best:  # of equals the strongest
+    both, names = both.to(device), names.to(device)
+
+    state = unfinished.state or {"best": -1.0, "value": 0.0, "weight": None, "last": None}
+    best, value, weight, last = (state[name] for name in ("best", "value", "weight", "last"))
+
+    def fits(first: int) -> Iterator[tuple[float, Tensor]]:
+        start = None if last is None else last.to(device)
+        return path(both[:count], names[:count], classes, settings.iterations, first, start)
+
+    def so_far() -> dict[str, object]:
+        return {"best": best, "value": value, "weight": weight, "last": last}
+
+    first = state.get("step", 0)
+    for _, (tried, found) in unfinished.steps(fits, len(VALUES), "transfer", so_far, first):
+        last = found
+        reached = measure(scores(both[count:], found).cpu(), names[count:].cpu())
+        if reached > best:  # of equals the strongest
             best, value, weight = reached, tried, found
-    weight = fit(both, names, classes, value, start=weight, iterations=settings.iterations)
-    ranking = scores(queries.to(device), weight).argsort(1, descending=True).cpu()
-    top1 = accuracy(ranking, truth)
+    start = weight.to(device)
+    weight = fit(both, names, classes, value, start=start, iterations=settings.iterations)
+    judged = scores(queries.to(device), weight).cpu()
+    several = truth.ndim == 2
     record(
         subject,
-        f"transfer{subject.encoder.suffix}",
-        top1=top1,
+        protocol,
+        top1=measure(judged, truth),  # the measure that the protocol's name says, if it says one
         counts=(len(both), len(truth)),
-        top5=accuracy(ranking, truth, 5) if classes > 5 else None,
-        interval=confidence(top1, len(truth)),
-        mean_per_class=round(mean_per_class(ranking, truth), 3),
-        metric=settings.metric,  # by which the value was chosen
+        top5=accuracy(judged.argsort(1, descending=True), truth, 5)
+        if classes > 5 and not several
+        else None,
+        interval=interval(measure, judged, truth),
+        mean_per_class=None if several else round(mean_per_class(judged, truth), 3),
+        metric=metric,  # by which the value was chosen
         regularisation=value,
         chosen_on="a fifth of train" if own is None else "validation",
         validation=round(best, 3),
         probe_seed=settings.seed,
-        seconds=time.perf_counter() - began,
+        seconds=unfinished.seconds(),
     )
+    unfinished.remove()
 
 
 def main() -> None:
@@ -168,7 +256,7 @@ def main() -> None:
     )
     s = settings
     for source in s.data:
-        for subject in subjects(s.run, s.weights, s.baselines, source, s.layer):
+        for subject in subjects(s.run, s.weights, s.baselines, source, s.layer, True):
             judge(subject, settings)
 
 

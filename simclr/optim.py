@@ -29,7 +29,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling as SimCLR defines it:
+    """Layer-wise adaptive rate scaling as SimCLR defines it. Twin: eval/finetune.py.
+
 
         g <- g + wd * w
         trust = eta * |w| / |g|  for adapted parameters, 1 where either norm is 0

@@ -17,7 +17,7 @@ $launch simclr.pretrain "$recipe" --data "$source" --out "$run" "${@:4}"
 if [ "$recipe" = demo ]; then # seconds on a CPU, with the floor and the ceiling beside it
     once knn200-random python -m eval.knn "$run" --baselines pixels random
     once linear-features-random python -m eval.linear "$run" --protocol features --baselines pixels random
-    once finetune-100-random python -m eval.finetune "$run" --weights random --epochs 20 --base-lr 0.2
+    once finetune-100-simclr-random python -m eval.finetune "$run" --weights random --epochs 20 --base-lr 0.2
 else
     once knn200-encoder python -m eval.knn "$run"
     once linear-simclr-encoder python -m eval.linear "$run"

@@ -73,7 +73,7 @@ class Job:
         if self.supervised:  # weight decay and rate that are usual for ResNets on CIFAR-10
             usual = ["--batch-size", "128", "--base-lr", "0.2", "--weight-decay", "5e-4"]
             twin = ["eval.finetune", run, "--weights", "random", "--epochs", str(self.epochs)]
-            return {("finetune-100", "random"): [*twin, *usual]}
+            return {("finetune-100-simclr", "random"): [*twin, *usual]}
         found = {("knn200", "encoder"): ["eval.knn", run, "--k", "200"]}
         if self.method == "moco":
             found["knn200-output", "encoder"] = ["eval.knn", run, "--k", "200", "--layer", "-1"]

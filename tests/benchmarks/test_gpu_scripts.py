@@ -76,7 +76,7 @@ def played(tmp_path, monkeypatch):
             for job in QUEUE:
                 if Path(command[1]).name == job.run:
                     for protocol, subject in job.judgements(Path(command[1])):
-                        known = {"finetune-100": "eval.finetune", "knn200": "eval.knn"}
+                        known = {"finetune-100-simclr": "eval.finetune", "knn200": "eval.knn"}
                         by = known.get(protocol, "eval.linear" if "linear" in protocol else "")
                         if by and by != done[-2]:
                             continue
@@ -164,7 +164,7 @@ def test_the_queue_for_real_on_a_small_scale(tmp_path, monkeypatch):
     job = Job("byol", "cifar10", 1, 1, "demo", 16, flags=small)
     queue = [job, replace(job, supervised=True)]
     monkeypatch.setattr(results_gpu, "QUEUE", queue)
-    protocols = {"knn200", "linear-byol", "linear-simclr", "finetune-100"}
+    protocols = {"knn200", "linear-byol", "linear-simclr", "finetune-100-simclr"}
     argv = ["--data", str(pictures(tmp_path / "images")), "--cpu", "--out", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", ["x", *argv, "--keep", str(tmp_path / "results")])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

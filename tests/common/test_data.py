@@ -22,7 +22,9 @@ from common.data import (
     decode,
     epoch_order,
     generator,
+    hold_out_fifth,
     open_images,
+    open_labelled,
     open_train_test,
 )
 
@@ -355,13 +357,42 @@ def test_columns_that_will_not_do(tmp_path):
         ({"image_column": "img"}, "no column 'img'; it has image, label, labels"),
         ({"label_column": "y"}, "no column 'y'; it has image, label, labels"),
         ({"image_column": "label"}, "'label' holds no images"),
-        ({"label_column": "labels"}, "'labels' holds no labels"),
+        ({"label_column": "image"}, "'image' holds no labels"),
     ):
         with pytest.raises(UserError, match=line) as caught:
             open_images(path, **names)
         said(caught)
-    only_lists = {"image": ENCODED, "labels": [[1, 2]] * 6}
-    assert open_images(parquet(tmp_path / "b.parquet", only_lists, labels=several)).labels is None
+
+
+def test_several_labels_of_an_image(tmp_path):
+    names = datasets.ClassLabel(names=["cat", "dog", "cow"])
+    lists = [[0], [2, 0], [], [1], [1, 2], [0]]
+    for name, kind, values in (
+        ("a", names, lists),
+        ("b", datasets.Value("string"), [[names.names[v] for v in own] for own in lists]),
+    ):
+        columns = {"image": ENCODED, "labels": values}
+        path = parquet(tmp_path / f"{name}.parquet", columns, labels=datasets.Sequence(kind))
+        images = open_images(path)
+        assert images.labels.dtype == torch.bool and images.labels.shape == (6, 3)
+        places = {c: i for i, c in enumerate(images.classes)}
+        for own, row in zip(lists, images.labels, strict=True):
+            assert {places[names.names[v]] for v in own} == set(row.nonzero()[:, 0].tolist())
+        with pytest.raises(UserError, match="images have several labels"):
+            open_labelled(path)
+        train, test = open_labelled(path, several=True)
+        assert test is None and torch.equal(train.labels, images.labels)
+        kept, held_out = hold_out_fifth(train)
+        assert kept.labels.shape == (5, 3) and held_out.labels.tolist() == [
+            images.labels[4].tolist()
+        ]
+    one = {"image": ENCODED, "label": LABELS, "labels": lists}
+    path = parquet(tmp_path / "c.parquet", one, labels=datasets.Sequence(names))
+    assert open_images(path).labels.ndim == 1  # one label an image is preferred
+    none = {"image": ENCODED, "labels": [[]] * 6}
+    path = parquet(tmp_path / "d.parquet", none, labels=datasets.Sequence(names))
+    with pytest.raises(UserError, match="no image has a label"):
+        open_labelled(path, several=True)
 
 
 def test_labels_may_be_missing_and_may_be_named(tmp_path):

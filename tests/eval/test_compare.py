@@ -8,6 +8,7 @@ from PIL import Image
 
 import eval.compare as compare
 from common import cli
+from eval.published import data_set
 
 AT = {"commit": "abcdef123456", "device": "CPU (2 cores)", "processes": 1}
 
@@ -60,7 +61,7 @@ def three(tmp_path):
             judged(run, protocol, top1=60 + 10 * i + j)
             judged(run, protocol, "pixels", top1=20 + i)
             judged(run, protocol, "random", top1=30 + i)
-        judged(run, "finetune-100", "random", top1=95 + i)
+        judged(run, "finetune-100-simclr", "random", top1=95 + i)
         runs.append(run)
     judged(runs[1], "knn20-output", top1=55)
     judged(runs[1], "knn200-output", top1=54)
@@ -107,7 +108,7 @@ def test_one_table_for_all_methods(three):
     # the first run's baselines, each once
     assert found["raw pixels", "kNN (k 200)"] == "20.0 ± 1.7"
     assert found["random encoder", "linear (on features)"] == "30.0 ± 1.7"
-    assert found["supervised twin", "fine-tuned, all labels"] == "95.0 ± 1.7"
+    assert found["supervised twin", "fine-tuned, all labels (SimCLR's protocol)"] == "95.0 ± 1.7"
 
 
 def test_the_heads_output_is_a_column_of_its_own(three):
@@ -215,7 +216,7 @@ def test_batch_network_stem_and_copies_are_said(tmp_path):
         ("knn20-output", "moco", "moco-cifar10-asym-200"),
         ("linear-moco", "moco", "moco-cifar10-sym-800-linear"),
         ("knn200-output", "simclr", "moco-cifar10-asym-200"),
-        ("finetune-100", "byol", "byol-r50-finetune-100"),
+        ("finetune-100-simclr", "byol", "byol-r50-finetune-100"),
     ],
 )
 def test_never_across_protocols_or_methods(tmp_path, protocol, method, key):
@@ -259,7 +260,7 @@ def test_never_across_data_sets(tmp_path, data, images, known):
     ],
 )
 def test_names_of_data_sets(source, key):
-    assert compare.data_set(source) == key
+    assert data_set(source) == key
 
 
 def test_pretrained_elsewhere_is_another_figure(tmp_path):
@@ -272,6 +273,33 @@ def test_pretrained_elsewhere_is_another_figure(tmp_path):
     config |= {"arch": "resnet50", "batch_size": 4096, "stem": "imagenet"}
     found = held_against(tmp_path / "b", "transfer-linear", "simclr", judged_on, **config)
     assert found == ([90.6], ["nothing"])
+
+
+@pytest.mark.parametrize(
+    "protocol, source, images, published",
+    [
+        ("transfer-linear-mean-per-class", "oxford-iiit-pet", 3_669, [90.4]),
+        ("transfer-linear", "oxford-iiit-pet", 3_669, []),  # Top-1 is another measure
+        ("transfer-linear-map11", "voc2007", 4_952, [82.5]),
+        ("transfer-linear", "dtd", 1_880, [75.5]),
+    ],
+)
+def test_transfer_by_the_measure_of_its_data_set(tmp_path, protocol, source, images, published):
+    config = {"data": "ILSVRC/imagenet-1k", "arch": "resnet50", "stem": "imagenet"}
+    config |= {"batch_size": 4096, "epochs": 1000, "published": "byol-r50-1000"}
+    judged_on = {"data": source, "test_images": images}
+    found = held_against(tmp_path / "a", protocol, "byol", judged_on, **config)
+    assert found == (published, ["nothing"] * len(published))
+
+
+def test_labels_that_were_drawn_are_said(tmp_path):
+    config = {"data": "ILSVRC/imagenet-1k", "arch": "resnet50", "stem": "imagenet", "norm": "bn"}
+    config |= {"batch_size": 4096, "epochs": 1000, "published": "byol-r50-1000"}
+    for more, said in (({}, "labels drawn here, not the official list"), ({"subset": "x"}, "")):
+        changed = {"test_images": 50_000, "labels": "ab12", **more}
+        folder = tmp_path / f"run{len(more)}"
+        found = held_against(folder, "finetune-1-byol", "byol", changed, **config)
+        assert found == ([53.2], [said or "nothing"])
 
 
 def test_only_what_a_method_learned_is_held_against_anything(tmp_path):

@@ -8,10 +8,12 @@ from common.cli import UserError
 from common.data import Images
 from common.run import read_json
 from eval import finetune
-from eval.encoder import Encoder, Input
+from eval.encoder import Encoder, Input, build_encoder
 from eval.features import fingerprint
 from eval.finetune import Settings, choose
 from eval.results import Subject
+from eval.unfinished import Unfinished
+from tests.eval.stopping import again, assert_same_records
 
 
 class Network(nn.Module):
@@ -54,17 +56,154 @@ def test_a_list_of_names(tmp_path):
         choose(images, 1.0, str(tmp_path / "none"), 1)
 
 
-@pytest.mark.parametrize(("fraction", "name", "epochs"), [(0.1, "10", 30), (1.0, "100", 60)])
-def test_the_record(tmp_path, fraction, name, epochs):
+def subject_of(tmp_path, method="moco", network=None, name="encoder", **about):
     config = {"data": "x", "batch_size": 8, "seed": 1}
-    encoder = Encoder(Network().eval(), Input(12, crop=1.0), "encoder", {"method": "moco"})
-    splits = (coloured(120), coloured(30))
-    before = fingerprint(encoder.network)
-    subject = Subject(encoder, "x", {}, tmp_path, config, "cpu", splits)
+    about |= {"method": method}
+    encoder = Encoder((network or Network()).eval(), Input(12, crop=1.0), name, about)
+    return Subject(encoder, "x", {}, tmp_path, config, "cpu", (coloured(120), coloured(30)))
+
+
+@pytest.mark.parametrize(("fraction", "name", "epochs"), [(0.01, "1", 60), (1.0, "100", 30)])
+def test_the_record(tmp_path, fraction, name, epochs):
+    subject = subject_of(tmp_path)
+    before = fingerprint(subject.encoder.network)
     finetune.judge(subject, Settings(label_fraction=fraction, batch_size=60))
-    assert fingerprint(encoder.network) == before
-    row = read_json(tmp_path / f"finetune-{name}-encoder.json")
-    assert row["train_images"] == 120 * fraction and row["probe_epochs"] == epochs
+    assert fingerprint(subject.encoder.network) == before
+    row = read_json(tmp_path / f"finetune-{name}-simclr-encoder.json")
+    assert row["train_images"] == max(3, 120 * fraction) and row["probe_epochs"] == epochs
     assert row["probe_batch_size"] == min(60, row["train_images"])
-    assert row["lr"] == pytest.approx(0.05 * row["probe_batch_size"] / 256)
+    assert row["lr"] == pytest.approx(0.05 * row["probe_batch_size"] / 256, abs=1e-6)
     assert ("labels" in row) == (fraction < 1)
+    assert not (tmp_path / "unfinished").exists()
+
+
+# ---- protocols -----------------------------------------------------------------------------------
+
+
+def encoder_of(method, name="encoder", linears=2):
+    about = {"method": method, "head": ["Linear", "ReLU"] * linears}
+    return Encoder(Network(), Input(12), name, about)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "percent", "name", "peak", "epochs"),
+    [
+        (encoder_of("simclr"), 1, "simclr", 0.8, (60,)),  # B.5: 0.8 at 4096
+        (encoder_of("simclr"), 10, "simclr", 0.8, (30,)),
+        (encoder_of("moco"), 10, "simclr", 0.8, (30,)),
+        (encoder_of("simclr", linears=3), 1, "simclr-v2", 0.16, (60,)),  # README: 0.16 at 1024
+        (encoder_of("byol"), 1, "byol", 0.04, (30, 50)),
+        (encoder_of("byol", "random"), 100, "simclr", 0.8, (30,)),  # the supervised twin
+    ],
+)
+def test_the_papers_protocols(encoder, percent, name, peak, epochs):
+    found = finetune.protocol_of(encoder, Settings(), percent)
+    assert (found.name, found.epochs) == (name, epochs)
+    assert found.peak(found.rates[0], found.batch_size) == pytest.approx(peak)
+    said = finetune.protocol_of(encoder, Settings(protocol="byol", epochs=3, base_lr=0.2), percent)
+    assert (said.name, said.epochs, said.rates) == ("byol", (3,), (0.2,))
+
+
+def test_simclr_v2_begins_in_the_head_where_labels_are_few():
+    v2 = encoder_of("simclr", linears=3)
+    assert finetune.layer_of(v2, Settings(label_fraction=0.1)) == 1
+    assert finetune.layer_of(v2, Settings()) == 0
+    assert finetune.layer_of(v2, Settings(label_fraction=0.1, layer=2)) == 2
+    assert finetune.layer_of(encoder_of("simclr"), Settings(label_fraction=0.1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "asked", "batch"),
+    [
+        (128_116, 224, 0, 4096), (12_811, 224, 0, 4096), (5_000, 224, 0, 256),
+        (50_000, 32, 0, 256), (50_000, 32, 4096, 4096), (100, 32, 0, 100),
+    ],
+)  # fmt: skip
+def test_the_batch_on_few_or_small_images(count, size, asked, batch):
+    settings = Settings(batch_size=asked)
+    assert finetune.batch_of(finetune.SIMCLR, settings, count, size) == batch
+
+
+def test_a_sweep_chooses_on_held_out_images(tmp_path, monkeypatch):
+    tried = []
+
+    def instead(encoder, images, protocol, settings, device, unfinished, before):
+        tried.append((protocol.rates[0], protocol.epochs[0], len(images)))
+        model = nn.Sequential(Network(), nn.Linear(3, 3))
+        nn.init.zeros_(model[1].bias)
+        right = protocol.rates == (0.05,) and protocol.epochs == (50,)
+        with torch.no_grad():
+            model[1].weight.copy_(torch.eye(3) if right else -torch.eye(3))
+        return model.eval()
+
+    monkeypatch.setattr(finetune, "fine_tune", instead)
+    finetune.judge(subject_of(tmp_path, "byol"), Settings())
+    assert len(tried) == 10 and {images for *_, images in tried} == {108}
+    row = read_json(tmp_path / "finetune-100-byol-encoder.json")
+    assert row["top1"] == 100.0 and row["chosen_of"] == 10
+    assert row["probe_epochs"] == 50 and row["lr"] == pytest.approx(0.05 * 120 / 256, abs=1e-6)
+
+
+def test_large_batches_go_through_in_parts(tmp_path, monkeypatch):
+    """Without BatchNorm the parts are the whole."""
+
+    class Plain(Network):
+        def forward(self, images):
+            return images.mean((2, 3)) * self.norm.weight
+
+    found = []
+    for part in (7, 100):
+        monkeypatch.setattr(finetune, "PART", part)
+        protocol = finetune.Protocol("x", (0.5,), (2,), 40)
+        images = coloured(120)
+        encoder = Encoder(Plain().eval(), Input(12), "encoder")
+        nothing = Unfinished(None, "", "")
+        tuned = finetune.fine_tune(encoder, images, protocol, Settings(), "cpu", nothing, {})
+        found.append(tuned[1].weight.detach())
+    assert torch.allclose(*found, rtol=0, atol=1e-6)
+
+
+def test_lars_adapts_neither_the_classifier_nor_vectors():
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Linear(4, 2))
+    optimizer = finetune.optimizer_of(model, finetune.SIMCLR_V2, 0.0)
+    adapted = {id(p) for g in optimizer.param_groups if g["adapt"] for p in g["params"]}
+    assert adapted == {id(model[0][0].weight)}
+    everything = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(everything) == len(list(model.parameters()))
+
+
+# ---- frozen layers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arch", "count"), [("resnet18", 3), ("demo", 2), ("demo", 0)])
+def test_frozen_layers_do_not_move_and_the_others_do(tmp_path, arch, count):
+    network = build_encoder(arch, "cifar")
+    subject = subject_of(tmp_path, network=network)
+    settings = Settings(freeze=count, base_lr=5.0, epochs=1, batch_size=60)
+    protocol = finetune.Protocol("x", (5.0,), (1,), 60)
+    nothing = Unfinished(None, "", "")
+    tuned = finetune.fine_tune(
+        subject.encoder, coloured(120), protocol, settings, "cpu", nothing, {}
+    )
+    for i, (before, after) in enumerate(
+        zip(finetune.stages(network), finetune.stages(tuned[0]), strict=True)
+    ):
+        olds = [v for module in before for v in module.state_dict().values()]
+        news = [v for module in after for v in module.state_dict().values()]
+        same = [torch.equal(old, new) for old, new in zip(olds, news, strict=True)]
+        assert all(same) if i < count else not any(same)
+
+
+def test_more_stages_than_there_are(tmp_path):
+    subject = subject_of(tmp_path, network=build_encoder("demo", "cifar"))
+    with pytest.raises(UserError, match="--freeze 5: the encoder has 4 stages"):
+        finetune.judge(subject, Settings(freeze=5))
+
+
+@pytest.mark.parametrize("protocol", ["simclr", "simclr-v2", "byol"])
+def test_stopped_and_started_again_it_ends_the_same(tmp_path, monkeypatch, protocol):
+    settings = Settings(protocol=protocol, epochs=2, batch_size=30)
+    finetune.judge(subject_of(tmp_path / "whole"), settings)
+    stops = {4, 11, 23} if protocol == "byol" else {4}  # within and between the rates
+    again(monkeypatch, stops, lambda: finetune.judge(subject_of(tmp_path / "stopped"), settings))
+    assert_same_records(tmp_path / "whole", tmp_path / "stopped")

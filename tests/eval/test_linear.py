@@ -17,6 +17,8 @@ from eval.encoder import Encoder, Input
 from eval.features import fingerprint
 from eval.linear import BYOL, FEATURES, MOCO, PROTOCOLS, SIMCLR, SIMCLR_CIFAR, Probe, Settings
 from eval.results import Subject
+from eval.unfinished import Unfinished
+from tests.eval.stopping import again, assert_same_records
 
 PLAIN = replace(FEATURES, rates=(0.5,), batch_size=256, init_std=0.0)
 
@@ -37,8 +39,11 @@ def problem(count=300, width=4, classes=3, noise=2.0, seed=0):
     return centres[labels] + noise, labels
 
 
-def batches_of(x, y, protocol, seed=1):
-    return ((x[i], y[i]) for i in linear.orders(torch.arange(len(x)), protocol, seed))
+def train(probe, x, y, protocol, steps, seed=1):
+    def batches(first):
+        return ((x[i], y[i]) for i in linear.orders(torch.arange(len(x)), protocol, seed, first))
+
+    linear.train(probe, batches, steps, Unfinished(None, "", ""))
 
 
 # ---- the classifier ------------------------------------------------------------------------------
@@ -98,7 +103,7 @@ def test_training_finds_the_one_best_classifier():
     x, y = problem()
     protocol = replace(PLAIN, batch_size=300, epochs=3000, rates=(0.2,))
     probe = double(Probe(4, 3, protocol))
-    linear.train(probe, batches_of(x, y, protocol), 3000)
+    train(probe, x, y, protocol, 3000)
     found, expected = probe.logits(x)[0].softmax(1), best_logits(x, y, 3).softmax(1)
     assert (found - expected).abs().max() < 1e-6
 
@@ -107,7 +112,7 @@ def test_separable_features_are_told_apart():
     x, y = problem(noise=0.02)
     protocol = replace(FEATURES, epochs=30, batch_size=64)
     probe = double(Probe(4, 3, protocol))
-    linear.train(probe, batches_of(x, y, protocol), 300 // 64 * 30)
+    train(probe, x, y, protocol, 300 // 64 * 30)
     assert probe.logits(x).shape == (len(protocol.rates), 300, 3)
     assert (probe.logits(x)[-1].argmax(1) == y).all()
 
@@ -116,10 +121,10 @@ def test_rates_trained_together_are_rates_trained_alone():
     x, y = problem()
     protocol = replace(BYOL, epochs=3, batch_size=50)
     together = double(Probe(4, 3, protocol))
-    linear.train(together, batches_of(x, y, protocol), 18)
+    train(together, x, y, protocol, 18)
     for i, rate in enumerate(protocol.rates):
         alone = double(Probe(4, 3, replace(protocol, rates=(rate,))))
-        linear.train(alone, batches_of(x, y, protocol), 18)
+        train(alone, x, y, protocol, 18)
         assert torch.allclose(together.weight[i], alone.weight[0], rtol=0, atol=1e-12)
     chosen = together.logits(x)[3]
     together.keep(3)
@@ -235,7 +240,7 @@ def test_the_same_seed_gives_the_same_answer(tmp_path):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(linear, "Probe", Kept)
-            linear.run_probe(subject, protocol, seed)
+            linear.run_probe(subject, protocol, seed, Unfinished(None, "", ""))
         found.append(probes[0].weight)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
@@ -259,3 +264,15 @@ def test_the_rate_follows_the_batch_that_there_is(tmp_path):
     row = read_json(tmp_path / "linear-simclr-encoder.json")
     assert row["probe_batch_size"] == 120  # all images; the protocol says 4096
     assert row["lr"] == pytest.approx(0.1 * 120 / 256, abs=1e-6)
+
+
+@pytest.mark.parametrize("protocol", ["moco", "byol", "features"])
+def test_stopped_and_started_again_it_ends_the_same(tmp_path, monkeypatch, protocol):
+    settings = Settings(protocol=protocol, epochs=2, batch_size=20)
+
+    def judge(folder):
+        linear.judge(subject_of(Network().eval(), tmp_path / folder), settings)
+
+    judge("whole")
+    again(monkeypatch, {3, 4, 9}, lambda: judge("stopped"))
+    assert_same_records(tmp_path / "whole", tmp_path / "stopped")

@@ -14,7 +14,8 @@ def test_every_row_is_whole():
         assert row.method and row.network and row.source and row.data in DATA, key
         assert 0 <= row.top1 < (row.top5 or 100) <= 100, key
         assert row.epochs is None or row.epochs in (100, 200, 300, 400, 800, 1000), key
-        kinds = r"(linear|finetune-(1|10|100))-[\w-]+|knn\d+(-output)?|transfer-(linear|finetune)"
+        kinds = r"(linear|finetune-(1|10|100))-[\w-]+|knn\d+(-output)?"
+        kinds += r"|transfer-(linear|finetune)(-mean-per-class|-map11)?"
         assert re.fullmatch(kinds, row.protocol), key
 
 

@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from common.cli import UserError
 from common.data import Images
 from common.run import read_json
 from eval import transfer
 from eval.encoder import Encoder, Input
 from eval.results import Subject
-from eval.transfer import Settings, fit, mean_per_class, scores
+from eval.transfer import Settings, fit, map11, mean_per_class, metric_of, scores
+from tests.eval.stopping import again, assert_same_records
 
 
 def problem(count=200, width=5, classes=4):
@@ -46,8 +48,8 @@ def test_the_values_are_the_papers():
 
 
 def test_each_class_counts_alike():
-    ranking, labels = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 1]]), torch.tensor([0, 0, 0, 1])
-    assert mean_per_class(ranking, labels) == 50.0
+    found, labels = torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1])
+    assert mean_per_class(found, labels) == 50.0 and transfer.top1(found, labels) == 75.0
 
 
 class Mean(nn.Module):
@@ -70,8 +72,115 @@ def test_a_judgement(tmp_path, monkeypatch, own):
     encoder = Encoder(Mean().eval(), Input(12), "encoder", {"method": "simclr"})
     splits = (coloured(60), coloured(30))
     transfer.judge(Subject(encoder, "x", {}, tmp_path, config, "cpu", splits), Settings())
-    row = read_json(tmp_path / "transfer-encoder.json")
+    row = read_json(tmp_path / "transfer-linear-encoder.json")
     assert row["top1"] == row["mean_per_class"] == row["validation"] == 100.0
     assert row["train_images"] == (84 if own else 60) and row["test_images"] == 30
     assert row["chosen_on"] == ("validation" if own else "a fifth of train")
     assert row["regularisation"] in transfer.VALUES
+
+
+def test_stopped_and_started_again_it_ends_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "open_validation", lambda source, classes: None)
+    config = {"data": "x", "batch_size": 8, "seed": 1}
+
+    def judge(folder):
+        encoder = Encoder(Mean().eval(), Input(12), "encoder", {"method": "simclr"})
+        splits = (coloured(60), coloured(30))
+        subject = Subject(encoder, "x", {}, tmp_path / folder, config, "cpu", splits)
+        transfer.judge(subject, Settings(iterations=5))
+
+    judge("whole")
+    again(monkeypatch, {2, 20, 43}, lambda: judge("stopped"))
+    assert_same_records(tmp_path / "whole", tmp_path / "stopped")
+
+
+# ---- several labels an image ---------------------------------------------------------------------
+
+
+def loops(scores, labels):
+    """VOC 2007's measure, as its paper words it."""
+    total, classes = 0.0, 0
+    for c in range(scores.shape[1]):
+        positives = int(labels[:, c].sum())
+        if not positives:
+            continue
+        order = sorted(range(len(scores)), key=lambda i: -scores[i, c])
+        points, hits = [], 0
+        for rank, i in enumerate(order, 1):
+            hits += bool(labels[i, c])
+            points.append((hits, hits / rank))
+        tenths = [max(p for h, p in points if 10 * h >= t * positives) for t in range(11)]
+        total, classes = total + sum(tenths) / 11, classes + 1
+    return 100 * total / classes
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_map11_against_loops(seed):
+    draw = torch.Generator().manual_seed(seed)
+    found = torch.randn(40, 6, generator=draw, dtype=torch.float64)
+    labels = torch.rand(40, 6, generator=draw) < 0.25
+    labels[:, 5] = False  # a class that is not there
+    assert map11(found, labels) == pytest.approx(loops(found, labels))
+
+
+def test_map11_by_hand():
+    """Two of four, found first and third: precision 1 to recall 0.5, then 2/3."""
+    found = torch.tensor([[4.0], [3.0], [2.0], [1.0]])
+    labels = torch.tensor([[True], [False], [True], [False]])
+    assert map11(found, labels) == pytest.approx(100 * (6 * 1 + 5 * 2 / 3) / 11)
+    assert map11(-found, ~labels) == map11(found, labels)
+    assert map11(found, torch.tensor([[True], [True], [False], [False]])) == 100.0
+
+
+@pytest.mark.parametrize("value", [1e-2, 10.0])
+def test_binary_classifiers_against_scikit_learn(value):
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = problem()
+    labels = torch.stack([y == 0, (y == 1) | (y == 2), x[:, 0] > 0.5], dim=1)
+    weight = fit(x, labels, 3, value)
+    for c in range(3):
+        theirs = LogisticRegression(C=1 / value, tol=1e-10, max_iter=10_000)
+        theirs.fit(x.numpy(), labels[:, c].numpy())
+        expected = torch.from_numpy(theirs.decision_function(x.numpy()))
+        assert (
+            scores(x, weight)[:, c] - expected
+        ).abs().max() < 1e-2  # of up to 60, where they are separable
+
+
+def test_a_judgement_of_several_labels(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "open_validation", lambda source, classes: None)
+    splits = []
+    for count in (60, 30):
+        images = coloured(count)
+        own = images.labels
+        images.labels = torch.stack([own == 0, own == 1, own == 2, own != 1], dim=1)
+        images.classes = (*images.classes, "not g")
+        splits.append(images)
+    encoder = Encoder(Mean().eval(), Input(12), "encoder", {"method": "simclr"})
+    config = {"data": "x", "batch_size": 8, "seed": 1}
+    subject = Subject(encoder, "x", {}, tmp_path, config, "cpu", tuple(splits))
+    transfer.judge(subject, Settings(iterations=50))
+    row = read_json(tmp_path / "transfer-linear-map11-encoder.json")
+    assert row["top1"] == pytest.approx(100.0) and row["metric"] == "map11"
+    assert row["interval"] >= 0 and "top5" not in row and "mean_per_class" not in row
+
+
+@pytest.mark.parametrize(
+    ("asked", "source", "several", "metric"),
+    [
+        ("", "cifar10", False, "top1"), ("", "oxford-iiit-pet", False, "mean-per-class"),
+        ("", "data/voc2007", True, "map11"), ("", "mine", True, "map11"),
+        ("mean-per-class", "cifar10", False, "mean-per-class"),
+    ],
+)  # fmt: skip
+def test_the_measure_of_a_data_set(asked, source, several, metric):
+    labels = torch.zeros(4, 3, dtype=torch.bool) if several else torch.zeros(4)
+    assert metric_of(Settings(metric=asked), source, labels) == metric
+
+
+def test_a_measure_that_the_labels_have_not():
+    with pytest.raises(UserError, match="--metric top1: an image of x has several labels"):
+        metric_of(Settings(metric="top1"), "x", torch.zeros(4, 3, dtype=torch.bool))
+    with pytest.raises(UserError, match="--metric map11: an image of voc2007 has one label"):
+        metric_of(Settings(), "voc2007", torch.zeros(4))

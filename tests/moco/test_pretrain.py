@@ -263,7 +263,7 @@ eval.knn:*--layer*) touch "$RUN/results/knn200-output-encoder.json" ;;
 eval.knn:*) touch "$RUN/results/knn200-encoder.json" ;;
 eval.linear:*random) touch "$RUN/results/linear-features-random.json" ;;
 eval.linear:*) touch "$RUN/results/linear-moco-encoder.json" ;;
-eval.finetune:*) touch "$RUN/results/finetune-100-random.json" ;;
+eval.finetune:*) touch "$RUN/results/finetune-100-simclr-random.json" ;;
 esac
 """
 
