@@ -20,23 +20,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 Views = tuple[Tensor, Tensor]
 
-# FLOP/s of dense bfloat16 and float16 products with float32 sums, by a part of the device's name:
-# NVIDIA's data sheets. TF32, which `fp32` runs have in their convolutions, is half of it on all.
+# FLOP/s of dense bfloat16 and float16 products with float32 sums, by the device's whole name: a
+# laptop's, a slice's (MIG) or a cut-down version's is another figure. TF32, which `fp32` runs have
+# in their convolutions, is half of it on all.
+_A100 = 312e12  # NVIDIA A100 data sheet: SXM and PCIe alike
+_H100 = 1979e12 / 2  # nvidia.com/data-center/h100 and /h200 print twice this, "with sparsity"
+_NVL = 1671e12 / 2  # the same pages, for the H100 NVL and the H200 NVL
 PEAKS = {
-    "H200": 989e12,
-    "H100 80GB HBM3": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
+    "NVIDIA H200": _H100,
+    "NVIDIA H200 NVL": _NVL,
+    "NVIDIA H100 80GB HBM3": _H100,
+    "NVIDIA H100 NVL": _NVL,
+    "NVIDIA H100 PCIe": 1513e12 / 2,  # NVIDIA H100 data sheet: 1513 with sparsity
+    "NVIDIA A100-SXM4-80GB": _A100,
+    "NVIDIA A100-SXM4-40GB": _A100,
+    "NVIDIA A100 80GB PCIe": _A100,
+    "NVIDIA A100-PCIE-40GB": _A100,
+    # NVIDIA L40S data sheet: 733 with sparsity; its 362.05 without fits neither that nor TF32's 183
+    "NVIDIA L40S": 733e12 / 2,
+    "NVIDIA GeForce RTX 4090": 165.2e12,  # NVIDIA Ada architecture white paper
 }
 
 
 def peak_flops(device: str, precision: str) -> float | None:
     """The FLOP/s that `device` has at most in a run's precision; None where that is not known."""
     share = {"bf16": 1.0, "fp16": 1.0, "fp32": 0.5}.get(precision)
-    peak = next((peak for part, peak in PEAKS.items() if part in device), None)
+    peak = PEAKS.get(device)
     return peak * share if peak and share else None
 
 

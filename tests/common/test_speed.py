@@ -42,10 +42,13 @@ def one_thread():
 
 
 def test_the_peak_of_a_device():
-    assert speed.peak_flops("NVIDIA H200", "bf16") == 989e12
+    assert speed.peak_flops("NVIDIA H200", "bf16") == 989.5e12
     assert speed.peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 156e12
-    assert speed.peak_flops("NVIDIA H100 PCIe", "fp16") < speed.peak_flops("NVIDIA H200", "fp16")
-    assert speed.peak_flops("CPU", "bf16") is speed.peak_flops("NVIDIA H200", "fp64") is None
+    for slower in ("NVIDIA H100 PCIe", "NVIDIA H200 NVL"):
+        assert speed.peak_flops(slower, "fp16") < speed.peak_flops("NVIDIA H200", "fp16")
+    for unknown in ("CPU", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H200 MIG 1g.18gb"):
+        assert speed.peak_flops(unknown, "bf16") is None
+    assert speed.peak_flops("NVIDIA H200", "fp64") is None
 
 
 def test_one_step_is_counted_and_the_stream_is_as_it_was():
