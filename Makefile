@@ -4,7 +4,8 @@
 # make slow     the longer checks that guard a promise
 # make seeds    the demos with three seeds each, kept in results/
 # make results  RESULTS.md from results/
-# make bench    pairs/s beside lightly and plain torchvision; make speed-gpu: the same on a GPU
+# make bench    pairs/s beside lightly and plain torchvision, a step's overhead (a quarter of an hour)
+# make speed-gpu  the real commands' pairs/s on a GPU
 # make soak     twenty kills of each method, and 20,000 steps
 # make results-gpu  every CIFAR-10 row that RESULTS.md lacks, on a GPU, hours
 # For exactly the versions that were tested together: make demo PIP_FLAGS='-c constraints.txt'
@@ -36,6 +37,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/throughput.py
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/overhead.py
 
 seeds: $(READY)
 	for method in $(METHODS); do for seed in 1 2 3; do \

@@ -7,8 +7,8 @@ or on what was drawn before. The pixels are torchvision's, to the rounding of th
 
 Whatever says what happens to an image (boxes, factors, choices) is worked out on the CPU, for the
 whole batch, and only then sent to the images' device: nothing here waits for an accelerator. The
-pixels then go through all steps a few images at a time, while they are in the processor's cache:
-what they cost is passes over memory, not arithmetic.
+pixels then go through all steps: small images many at a time, so that an operation is long beside
+the call of it; on a processor large ones one by one, while they are in its cache.
 
 B images, C = 3 channels, H x W the canvas, h x w the size after the crop.
 """
@@ -28,7 +28,7 @@ TRIES = 10  # boxes that torchvision's RandomResizedCrop proposes before it fall
 BOX_DRAWS = 2 * TRIES + 2  # their areas and aspect ratios, and one place
 SMALL = 128  # pixels: a side up to which a resize is quickest as one product for many images
 BLOCK = 32  # output pixels that a product makes at once where the image is larger
-CACHE, DEVICE = 2**19, 2**30  # bytes of pixels at a time, on a processor and on an accelerator
+CPU, DEVICE = 2**22, 2**30  # bytes of pixels at a time, on a processor and on an accelerator
 
 
 class Batched:
@@ -83,8 +83,7 @@ class Batched:
             chunk = images[part] if self.crops_first else to_float(images[part], self.dtype)
             views[part] = _run(self.steps, chunk, _take(parameters, part))
 
-        threads = torch.get_num_threads() if images.device.type == "cpu" else 1
-        _in_parallel(fill, _chunks(images, self.dtype), threads)
+        _in_parallel(fill, _chunks(images, self.dtype), _threads(images))
         return views
 
 
@@ -127,13 +126,22 @@ def _run(steps: Sequence[Step], images: Tensor, parameters: tuple) -> Tensor:
 
 
 def _chunks(images: Tensor, dtype: torch.dtype) -> list[slice]:
-    """As many images at a time as are quickest: those of the cache, and large ones one by one."""
+    """As many images at a time as are quickest; on a processor large ones one by one."""
     each = max(1, images[:1].numel() * dtype.itemsize)
     if images.device.type != "cpu":
         count = DEVICE // each
     else:
-        count = CACHE // each if images.shape[2:].numel() <= SMALL**2 else 1
+        count = 1 if _large(images) else CPU // each
     return [slice(i, i + max(1, count)) for i in range(0, len(images), max(1, count))]
+
+
+def _large(images: Tensor) -> bool:
+    return images.shape[2:].numel() > SMALL**2
+
+
+def _threads(images: Tensor) -> int:
+    """Of a processor, one for each large image; small ones are split within each operation."""
+    return torch.get_num_threads() if images.device.type == "cpu" and _large(images) else 1
 
 
 def _in_parallel(function: Callable[[slice], None], parts: list[slice], threads: int) -> None:
@@ -495,7 +503,7 @@ def _banded(images: Tensor, rows: Taps) -> Tensor:
 
 def _resample(images: Tensor, rows: Taps, columns: Taps, dtype: torch.dtype) -> Tensor:
     """Filter the images in `dtype`; of large ones, convert only what is under a window."""
-    if images.shape[2:].numel() <= SMALL**2:
+    if not _large(images):
         return _separable(to_float(images, dtype), rows, columns)
     (top, bottom), (left, right) = (
         (int(taps.first.amin()), int(taps.first.amax()) + taps.weights.shape[2])

@@ -39,10 +39,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from common import demo
 from common.cli import UserError, printable
@@ -58,6 +57,8 @@ MAX_BAD = 0.05  # share of undecodable images beyond which a source is refused
 
 # What Pillow warns of is either no matter or, a decompression bomb, an error in `decode`.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+# Nobody else has the bytes of a decoded image, and nobody writes to it.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
 # ---- order ---------------------------------------------------------------------------------------
@@ -117,7 +118,9 @@ def decode(image: Any, max_side: int = MAX_SIDE) -> Tensor:
         if math.prod(picture.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise OSError(f"{math.prod(picture.size):,} pixels; reduce it first")
         picture.load()
-        upright = ImageOps.exif_transpose(picture)
+        upright = picture
+        if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it copies for nothing
+            upright = ImageOps.exif_transpose(picture)
     if upright.mode.startswith("I"):  # 16 bits of grey
         upright.info.pop("transparency", None)  # a 16-bit value that 8 bits cannot hold
         upright = upright.convert("I").point(lambda value: value / 257).convert("L")
@@ -127,19 +130,25 @@ def decode(image: Any, max_side: int = MAX_SIDE) -> Tensor:
         )
     if max(upright.size) > max_side:
         upright.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return pil_to_tensor(upright.convert("RGB"))
+    upright = upright if upright.mode == "RGB" else upright.convert("RGB")
+    pixels = torch.frombuffer(upright.tobytes(), dtype=torch.uint8)  # NumPy would copy them again
+    return pixels.view(upright.height, upright.width, 3).permute(2, 0, 1)
 
 
 def pad(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Images of any sizes on one zero canvas: (B, 3, H, W) uint8, and their (B, 2) sizes."""
     sizes = torch.tensor([image.shape[1:] for image in images])
-    height, width = sizes.amax(0).tolist()
-    if (sizes == sizes[0]).all():
-        return torch.stack(list(images)), sizes
-    canvas = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    shape = (len(images), 3, *sizes.amax(0).tolist())
+    canvas = torch.zeros(shape, dtype=torch.uint8) if get_worker_info() is None else shared(shape)
     for row, image in zip(canvas, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
     return canvas, sizes
+
+
+def shared(shape: tuple[int, ...]) -> Tensor:
+    """Zeros in memory that a worker hands over as it is; any other would be copied there."""
+    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
 
 
 # ---- a split of a source -------------------------------------------------------------------------

@@ -501,7 +501,7 @@ def test_wrong_uniforms_and_sizes_are_refused():
 @pytest.mark.parametrize("size", [(20, 30), (180, 150)])  # many at a time, and one by one
 def test_neither_threads_nor_neighbours_change_a_view(monkeypatch, size):
     """Bit for bit: how images are shared out among chunks and threads is nobody's business."""
-    monkeypatch.setattr(augment, "CACHE", 4 * 3 * 20 * 30 * 3)  # three small images at a time
+    monkeypatch.setattr(augment, "CPU", 4 * 3 * 20 * 30 * 3)  # three small images at a time
     program, images = Batched(SIMCLR), torch.randint(0, 256, (8, 3, *size), dtype=torch.uint8)
     u = uniforms(8, program.draws)
     views = program(images, u)

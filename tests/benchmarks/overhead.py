@@ -1,0 +1,136 @@
+"""How much of a training step is neither forward nor backward, on a CPU.
+
+    python tests/benchmarks/overhead.py
+    python tests/benchmarks/overhead.py --keep results    # also write results/overhead-cpu.json
+
+Each method's own command: ResNet-18 with the CIFAR stem, batch 256, the embedded images of 32 px.
+Forward is the time in networks, backward that in `Accelerator.backward`; the rest is views, losses,
+optimizer, moving average, queue, shuffle and logging, here of every step. Medians over the steps.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from common import cli
+from common.run import Run, commit, write_atomically
+from common.views import Pairs
+
+METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
+WARM, STEPS = 2, 6  # the first step is counted and pictured, the last one saved
+FLAGS = "cifar10 --data demo --batch-size 256 --log-every 1 --knn-every 0 --precision fp32"
+
+
+class Stopwatch:
+    """Seconds between `enter` and `leave`, those within others once."""
+
+    def __init__(self) -> None:
+        self.seconds, self.depth, self.began = 0.0, 0, 0.0
+
+    def enter(self, *_: Any) -> None:
+        if self.depth == 0:
+            self.began = time.perf_counter()
+        self.depth += 1
+
+    def leave(self, *_: Any) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self.seconds += time.perf_counter() - self.began
+
+
+def measure(method: str, out: Path, flags: str) -> dict[str, float]:
+    """Seconds of a step, its share that is overhead, and the part of that for the views."""
+    watch = Stopwatch()
+    marks: list[tuple[float, float]] = []  # at each step's start: the clock, and the stopwatch
+    steps, backward = Run.steps, Accelerator.backward
+
+    def marked(run: Run, pairs: Pairs) -> Iterator:
+        for step in steps(run, pairs):
+            marks.append((time.perf_counter(), watch.seconds))
+            yield step
+
+    def timed(accelerator: Accelerator, loss: Tensor) -> None:
+        watch.enter()
+        backward(accelerator, loss)
+        watch.leave()
+
+    program = importlib.import_module(f"{method}.pretrain")
+    hooks = [
+        register_module_forward_pre_hook(watch.enter),
+        register_module_forward_hook(watch.leave),
+    ]
+    argv = [f"{method}.pretrain", *flags.split(), "--out", str(out)]
+    with (
+        patch.object(Run, "steps", marked),
+        patch.object(Accelerator, "backward", timed),
+        patch.object(program, "total_steps", lambda *_: STEPS),
+        patch.object(sys, "argv", argv),
+    ):
+        program.main()
+    for hook in hooks:
+        hook.remove()
+
+    spans = [(now - then, inside - was) for (then, was), (now, inside) in pairwise(marks)][WARM:]
+    timings = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
+    return {
+        "step": median(whole for whole, _ in spans),
+        "overhead": median(1 - inside / whole for whole, inside in spans),
+        "views": median(row["data_wait"] for row in timings[WARM:-1]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also write a record there")
+    options = parser.parse_args()
+    if torch.accelerator.is_available():
+        raise cli.UserError("overhead: of a CPU only; an accelerator's parts overlap (--profile)")
+    figures: dict[str, float] = {}
+    for method, name in METHODS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(method, Path(folder) / "run", FLAGS)
+        print(
+            f"{name:<8}{found['step']:.2f} s a step, {found['overhead']:.2%} of it neither "
+            f"forward nor backward: {found['views']:.2%} views",
+            flush=True,
+        )
+        figures |= {
+            f"{name}, a step (s)": round(found["step"], 3),
+            f"{name}, neither forward nor backward (%)": round(100 * found["overhead"], 3),
+            f"{name}, of it views (%)": round(100 * found["views"], 3),
+        }
+    if options.keep:
+        record = {
+            "kind": "measurement",
+            "title": "share of a step that is overhead: R18, CIFAR stem, 32 px, batch 256",
+            "command": "python tests/benchmarks/overhead.py",
+            "figures": figures,
+            "device": f"CPU ({os.cpu_count()} cores)",
+            "commit": commit(),
+        }
+        path = options.keep / "overhead-cpu.json"
+        options.keep.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
