@@ -128,11 +128,9 @@ def _run(steps: Sequence[Step], images: Tensor, parameters: tuple) -> Tensor:
 def _chunks(images: Tensor, dtype: torch.dtype) -> list[slice]:
     """As many images at a time as are quickest; on a processor large ones one by one."""
     each = max(1, images[:1].numel() * dtype.itemsize)
-    if images.device.type != "cpu":
-        count = DEVICE // each
-    else:
-        count = 1 if _large(images) else CPU // each
-    return [slice(i, i + max(1, count)) for i in range(0, len(images), max(1, count))]
+    room = CPU if images.device.type == "cpu" else DEVICE
+    count = 1 if room == CPU and _large(images) else max(1, room // each)
+    return [slice(i, i + count) for i in range(0, len(images), count)]
 
 
 def _large(images: Tensor) -> bool:
