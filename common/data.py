@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from common import demo
+from common import demo, faults
 from common.cli import UserError, printable
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -250,6 +250,7 @@ class Images:
             batch_size=None,
             sampler=orders,  # each "sample" is a whole batch of indices
             num_workers=workers,
+            worker_init_fn=faults.leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
             generator=generator("workers"),  # else it draws from the global random stream
         )
