@@ -264,7 +264,8 @@ class Images:
         """Counts and names the images left out."""
         names = [self.bad[i] for i in sorted(self.bad)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return f"{len(names)} undecodable images skipped: {'; '.join(names[:3])}{more}"
+        images = "image" if len(names) == 1 else "images"
+        return f"{len(names)} undecodable {images} skipped: {'; '.join(names[:3])}{more}"
 
 
 class _Decoder(Dataset):
