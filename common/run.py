@@ -355,8 +355,8 @@ class Run:
             return False
         if step + 1 == self.total or epochs <= 0:
             return step + 1 == self.total
-        passed = [s * self.config.batch_size / self.count / epochs for s in (step, step + 1)]
-        return int(passed[0]) < int(passed[1])
+        steps = epochs * self.count / self.config.batch_size
+        return steps <= 1 or step // steps < (step + 1) // steps
 
     def log(self, step: int, **values: float | Tensor) -> None:
         """Scalars that depend on the config alone, for the one line of this step.
