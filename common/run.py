@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -294,6 +294,8 @@ class Run:
                 if (signum := stop.asked()) and step + 1 < self.total:
                     self._stop(step + 1, signum)
         self._bar.close()
+        for bad in gather_object([pairs.images.bad]):  # each process met its share
+            pairs.images.bad.update(bad)
         if pairs.images.bad:
             self.say(pairs.images.report_bad())
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from common import faults
+from common.data import epoch_order
 from tests.helpers import ROOT, checkpoints, ended, forked, rows
 
 
@@ -216,7 +218,22 @@ def test_a_signal_to_all_processes_leaves_the_workers_to_the_parent(files, tmp_p
     assert ended([child], 60) == [128 + signum], log.read_text()
     assert f"stopped by {signum.name}" in log.read_text() and "Traceback" not in log.read_text()
     assert checkpoints(tmp_path / "run")
-    assert_nobody_is_left(child.pid, 1)
+    assert_nobody_is_left(child.pid, 10)
+
+
+@pytest.mark.slow
+def test_images_that_any_process_skipped_are_named(files, tmp_path):
+    """One epoch of four batches: one bad image is met by process 0 alone, the other by 1 alone."""
+    source = shutil.copytree(files, tmp_path / "source")
+    halves = epoch_order(0, 0, 64).view(4, 2, 8).unbind(1)
+    bad = [f"{half[half % 2 == 1][0]:02}.png" for half in halves]  # the even ones are tried first
+    for name in bad:
+        (source / name).write_bytes(b"no image")
+    log = tmp_path / "log"
+    argv = flags(tmp_path / "run", "--data", source, "--epochs", 1, "--memory-gb", 0, "--seed", 0)
+    assert ended(forked("simclr", argv, log, 2)) == [0, 0], log.read_text()
+    [line] = [line for line in log.read_text().splitlines() if "skipped" in line]
+    assert "2 undecodable images" in line and all(name in line for name in bad)
 
 
 @pytest.mark.slow
