@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,9 @@ class Run:
     def _newest(self) -> dict[str, Any] | None:
         for path in sorted((self.folder / "checkpoints").glob("step-*.pt"), reverse=True):
             try:
+                with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+                    if file.testzip():
+                        raise zipfile.BadZipFile
                 return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # torn or damaged: the one before it is kept for this
                 self.say(f"{path}: cannot be read ({type(error).__name__}); trying the one before")

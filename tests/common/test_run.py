@@ -156,7 +156,10 @@ def test_a_torn_newest_checkpoint_gives_way_to_the_one_before(open_run, capsys):
     run.save(5, parts(5))
     run.save(9, parts(9))
     newest = run.folder / "checkpoints" / "step-00000009.pt"
-    for content in (newest.read_bytes()[:-100], b"", b"garbage"):
+    whole = newest.read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(parts(9)["model"].weight.detach().numpy().tobytes())] ^= 1
+    for content in (whole[:-100], b"", b"garbage", flipped):
         newest.write_bytes(content)
         again, fresh = open_run(), parts(1)
         again.resume(fresh)
