@@ -104,7 +104,8 @@ def check_ranges(config: C) -> C:
         for number in numbers if value != field.default else ():
             if not isinstance(number, int | float) or isinstance(number, bool):
                 continue
-            if not (math.isfinite(number) and least <= number <= most):
+            finite = isinstance(number, int) or math.isfinite(number)  # of 10**400 it raises
+            if not (finite and least <= number <= most):
                 flag = f"--{field.name.replace('_', '-')} {number}"
                 bound = f" from {least:,}" if least > -math.inf else ""
                 bound += f" to {most:,}" if most < math.inf else " upwards" if bound else ""

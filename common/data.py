@@ -43,7 +43,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
-from common import demo
+from common import demo, faults
 from common.cli import UserError, printable
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -259,6 +259,7 @@ class Images:
             batch_size=None,
             sampler=orders,  # each "sample" is a whole batch of indices
             num_workers=workers,
+            worker_init_fn=faults.leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
             generator=generator("workers"),  # else it draws from the global random stream
         )
@@ -272,7 +273,8 @@ class Images:
         """Counts and names the images left out."""
         names = [self.bad[i] for i in sorted(self.bad)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return f"{len(names)} undecodable images skipped: {'; '.join(names[:3])}{more}"
+        images = "image" if len(names) == 1 else "images"
+        return f"{len(names)} undecodable {images} skipped: {'; '.join(names[:3])}{more}"
 
 
 class _Decoder(Dataset):

@@ -2,8 +2,10 @@
 
 import datetime
 import errno
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -48,6 +50,28 @@ class Stop:
         signum = torch.tensor(self.received)
         dist.all_reduce(signum, dist.ReduceOp.MAX, group=self.group)
         return int(signum)
+
+
+def leave_signals_to_the_parent(worker: int = 0) -> None:
+    """In a decoding worker: SIGTERM and SIGINT, often sent to every process of a job at once, are
+    no reason to end while the parent still needs batches for the step under way.
+
+    The parent's own SIGTERM, with which it ends its workers, is obeyed: by a thread, since only
+    who waits for a signal is told who sent it. Where the parent is killed, DataLoader's watchdog
+    ends its workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_at_sigterm_of, args=(parent.pid,), daemon=True).start()
+
+
+def _end_at_sigterm_of(sender: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
+        pass
+    os._exit(0)
 
 
 def explained(error: BaseException) -> str | None:

@@ -21,13 +21,14 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -183,6 +184,9 @@ class Run:
     def _newest(self) -> dict[str, Any] | None:
         for path in sorted((self.folder / "checkpoints").glob("step-*.pt"), reverse=True):
             try:
+                with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+                    if file.testzip():
+                        raise zipfile.BadZipFile
                 return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # torn or damaged: the one before it is kept for this
                 self.say(f"{path}: cannot be read ({type(error).__name__}); trying the one before")
@@ -294,6 +298,8 @@ class Run:
                 if (signum := stop.asked()) and step + 1 < self.total:
                     self._stop(step + 1, signum)
         self._bar.close()
+        for bad in gather_object([pairs.images.bad]):  # each process met its share
+            pairs.images.bad.update(bad)
         if pairs.images.bad:
             self.say(pairs.images.report_bad())
 
@@ -355,8 +361,8 @@ class Run:
             return False
         if step + 1 == self.total or epochs <= 0:
             return step + 1 == self.total
-        passed = [s * self.config.batch_size / self.count / epochs for s in (step, step + 1)]
-        return int(passed[0]) < int(passed[1])
+        steps = epochs * self.count / self.config.batch_size
+        return steps <= 1 or step // steps < (step + 1) // steps
 
     def log(self, step: int, **values: float | Tensor) -> None:
         """Scalars that depend on the config alone, for the one line of this step.

@@ -188,6 +188,7 @@ def _command(
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    multiprocessing.set_start_method(None, force=True)  # of workers; as in a command of its own
     torch.set_num_threads(1)
     sys.argv = [f"{method}.pretrain", *argv]
     if before:

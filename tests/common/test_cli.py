@@ -137,6 +137,11 @@ def test_one_class_and_no_labels_in_an_evaluation(fails, flat, tmp_path):
     assert "has no labels" in one_line(fails(eval.knn.main, *weights, flat))
 
 
+def test_a_number_beyond_floats_is_still_a_number():
+    _, cfg = cli.parse(Config, RECIPES, ["--log-every", str(10**400)], "prog")
+    assert cfg.log_every == 10**400
+
+
 def test_a_message_of_several_lines_is_shown_as_one(fails):
     def main():
         raise cli.UserError("first\n  second")

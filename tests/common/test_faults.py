@@ -3,16 +3,20 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from common import faults
-from tests.helpers import checkpoints, ended, forked, rows
+from common.data import epoch_order
+from tests.helpers import ROOT, checkpoints, ended, forked, rows
 
 
 def flags(out, *more):
@@ -178,3 +182,74 @@ def test_a_signal_stops_after_a_step(tmp_path, signum, processes):
     step = len(rows(out))
     assert f"stopped by {signum.name} after step {step:,}; the same command" in log.read_text()
     assert f"step-{step:08d}.pt" in checkpoints(out)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    for i in range(64):
+        Image.new("RGB", (8, 8), (4 * i, 0, 0)).save(folder / f"{i:02}.png")
+    return folder
+
+
+def with_workers(files, out):
+    """The leader of a process group of its own, once it has logged a step."""
+    argv = flags(out, "--data", files, "--epochs", 1000, "--memory-gb", 0, "--workers", 2)
+    [child] = forked("simclr", argv, out.parent / "log", before=os.setpgrp)
+    while not (out / "metrics.jsonl").exists() and child.is_alive():
+        time.sleep(0.01)
+    return child
+
+
+def assert_nobody_is_left(group, patience):
+    deadline = time.monotonic() + patience
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_leaves_the_workers_to_the_parent(files, tmp_path, signum):
+    child = with_workers(files, tmp_path / "run")
+    os.killpg(child.pid, signum)
+    log = tmp_path / "log"
+    assert ended([child], 60) == [128 + signum], log.read_text()
+    assert f"stopped by {signum.name}" in log.read_text() and "Traceback" not in log.read_text()
+    assert checkpoints(tmp_path / "run")
+    assert_nobody_is_left(child.pid, 10)
+
+
+@pytest.mark.slow
+def test_images_that_any_process_skipped_are_named(files, tmp_path):
+    """One epoch of four batches: one bad image is met by process 0 alone, the other by 1 alone."""
+    source = shutil.copytree(files, tmp_path / "source")
+    halves = epoch_order(0, 0, 64).view(4, 2, 8).unbind(1)
+    bad = [f"{half[half % 2 == 1][0]:02}.png" for half in halves]  # the even ones are tried first
+    for name in bad:
+        (source / name).write_bytes(b"no image")
+    log = tmp_path / "log"
+    argv = flags(tmp_path / "run", "--data", source, "--epochs", 1, "--memory-gb", 0, "--seed", 0)
+    assert ended(forked("simclr", argv, log, 2)) == [0, 0], log.read_text()
+    [line] = [line for line in log.read_text().splitlines() if "skipped" in line]
+    assert "2 undecodable images" in line and all(name in line for name in bad)
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_its_parent(files, tmp_path):
+    child = with_workers(files, tmp_path / "run")
+    child.kill()
+    assert ended([child]) == [-signal.SIGKILL]
+    assert_nobody_is_left(child.pid, 20)
+
+
+def test_an_error_does_not_wait_for_workers(files):
+    """Its traceback holds the loader, whose workers then end by the parent's SIGTERM alone."""
+    code = (
+        "import sys, torch; from common.data import open_images\n"
+        "for batch in open_images(sys.argv[1]).batches([torch.arange(4)] * 99, workers=2): 1 / 0"
+    )
+    command = [sys.executable, "-c", code, str(files)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr

@@ -156,7 +156,10 @@ def test_a_torn_newest_checkpoint_gives_way_to_the_one_before(open_run, capsys):
     run.save(5, parts(5))
     run.save(9, parts(9))
     newest = run.folder / "checkpoints" / "step-00000009.pt"
-    for content in (newest.read_bytes()[:-100], b"", b"garbage"):
+    whole = newest.read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(parts(9)["model"].weight.detach().numpy().tobytes())] ^= 1
+    for content in (whole[:-100], b"", b"garbage", flipped):
         newest.write_bytes(content)
         again, fresh = open_run(), parts(1)
         again.resume(fresh)
@@ -260,6 +263,9 @@ def test_logged_steps(open_run):
         (95, 30, 1, [9, 18, 28, 29]),  # an epoch ends within a step
         (1000, 7, 1, [6]),  # less than one epoch: at the end
         (3, 4, 1, [0, 1, 2, 3]),  # several epochs a step
+        (100, 4, 1e-320, [0, 1, 2, 3]),
+        (100, 4, 1e308, [3]),
+        (3200, 20, 0.0125, [3, 7, 11, 15, 19]),  # every four steps, whatever a float rounds
     ],
 )
 def test_due_at_multiples_of_epochs_and_at_the_end(open_run, count, total, epochs, expected):
