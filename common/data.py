@@ -118,7 +118,7 @@ def decode(image: Any, max_side: int = MAX_SIDE) -> Tensor:
         if math.prod(picture.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise OSError(f"{math.prod(picture.size):,} pixels; reduce it first")
         picture.load()
-        upright = picture
+        upright: Image.Image = picture
         if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it copies for nothing
             upright = ImageOps.exif_transpose(picture)
     if upright.mode.startswith("I"):  # 16 bits of grey
@@ -148,7 +148,7 @@ def pad(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def shared(shape: tuple[int, ...]) -> Tensor:
     """Zeros in memory that a worker hands over as it is; any other would be copied there."""
     storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 # ---- a split of a source -------------------------------------------------------------------------

@@ -21,6 +21,7 @@ NAMES = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 def script(method):
     """The lines of a method's script, with METHOD in the place of its name."""
     text = (ROOT / method / "reproduce.sh").read_text()
+    text = text.replace("finetune-100-simclr", "twin")  # SimCLR's protocol for every method's
     return text.replace(method, "METHOD").replace(NAMES[method], "METHOD").splitlines()
 
 

@@ -14,6 +14,7 @@ from eval.finetune import Settings, fine_tune
 from eval.knn import accuracy, predict
 from eval.linear import FEATURES, judged, run_probe
 from eval.results import Subject
+from eval.unfinished import Unfinished
 from simclr import augment
 from simclr.config import DEMO
 from simclr.loss import nt_xent
@@ -33,7 +34,9 @@ def knn(network: torch.nn.Module) -> float:
 
 def linear(network: torch.nn.Module) -> float:
     subject = Subject(Encoder(network.eval(), GIVEN, "encoder"), "demo", {}, None, {}, "cpu")
-    ranking, truth, _ = run_probe(subject, replace(FEATURES, epochs=20), seed=1)
+    ranking, truth, _ = run_probe(
+        subject, replace(FEATURES, epochs=20), 1, Unfinished(None, "", "")
+    )
     return accuracy(ranking, truth)
 
 
