@@ -127,6 +127,17 @@ def named(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return told
 
 
+def by_input(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Named rows, baselines by the method whose input they have: it moves them by some points."""
+    several = len({row["method"] for row in rows}) > 1
+    return [
+        row | {"name": f"{row['name']}, {METHODS.get(row['method'], row['method'])}'s input"}
+        if several and row["subject"] != "encoder"
+        else row
+        for row in rows
+    ]
+
+
 def once(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     """Named rows with each baseline once, the first run's that has it, and a note if one went.
 
@@ -411,7 +422,7 @@ def results_page(records: Sequence[dict[str, Any]]) -> str:
     ]
     for data in sorted({data_title(row["data"]) for row in rows}):
         mine = [row for row in rows if data_title(row["data"]) == data]
-        mine = sorted(once(named(mine))[0], key=lambda row: (row["name"], row["seed"]))
+        mine = sorted(once(by_input(named(mine)))[0], key=lambda row: (row["name"], row["seed"]))
         mine = sorted(mine, key=lambda row: (place(row["protocol"]), order(row)))
         parts += [f"## {data}\n", as_markdown(figures(mine))]
         parts += ["What it took:\n", as_markdown(costs(mine)), "```"]

@@ -10,7 +10,7 @@
 used for it. All: crop and flip, no weight decay, no warm-up, cosine to 0 per step. Where a protocol
 has several rates and lengths, each is run, and one is chosen on held-out training images.
 
-BatchNorm is in training mode, but for frozen layers. A batch of more than PART images goes through
+BatchNorm is in training mode, but for frozen layers. A batch of more than 256 images goes through
 in parts, whose gradients add up to the batch's; BatchNorm sees the parts (PAPER/CODE: SimCLR v2's
 is over the whole batch). The supervised twin is what the same network, input and views reach when
 every label is known: the ceiling for a method on that data. Top-1 is that of the last epoch.

@@ -404,7 +404,8 @@ def test_kept_results_make_the_page(tmp_path, three, command, monkeypatch):
         path.read_text() for path in files.iterdir()
     )
     assert "82.5, sd 0.7 over 2 seeds (82.0, 83.0) | 82.6 (notebook) | JPEG copy of the d" in page
-    assert page.count("| raw pixels |") == 3 and page.count("## ") == 3
+    assert page.count("| raw pixels, SimCLR's input |") == 3 and page.count("## ") == 3
+    assert page.count("| raw pixels, BYOL's input |") == 3 and "| raw pixels |" not in page
     assert "| MoCo cifar10, 200 epochs | 1 | " in page and "580 | 1.2 GB | CPU (2 cores) |" in page
     assert "| Views, one core | images/s: 1,234; against: torchvision | CPU (2 cores) |" in page
     widest = max(line.count(" | ") for line in page.splitlines())
