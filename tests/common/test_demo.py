@@ -10,7 +10,7 @@ from common.data import open_train_test
 from common.views import Pairs
 from eval.encoder import Encoder, Input, Pixels, build_seeded
 from eval.features import extract
-from eval.finetune import Settings, fine_tune
+from eval.finetune import Protocol, Settings, fine_tune
 from eval.knn import accuracy, predict
 from eval.linear import FEATURES, judged, run_probe
 from eval.results import Subject
@@ -68,7 +68,9 @@ def test_pixels_and_a_random_encoder_know_little():
 def test_labels_tell_nearly_all():
     train, test = open_train_test("demo")
     twin = Encoder(build_seeded({"arch": "demo", "stem": "imagenet"}), GIVEN, "random")
-    model = fine_tune(twin, train, Settings(epochs=20, base_lr=0.2), "cpu")
+    protocol = Protocol("x", rates=(0.2,), epochs=(20,), batch_size=256)
+    nothing = Unfinished(None, "", "")
+    model = fine_tune(twin, train, protocol, Settings(), "cpu", nothing, {})
     judging = list(judged(model, test, GIVEN, torch.arange(len(test)), "cpu"))
     hits = sum(int((logits.argmax(1) == labels).sum()) for logits, labels in judging)
     assert hits / len(test) > 0.95
