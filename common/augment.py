@@ -15,7 +15,6 @@ B images, C = 3 channels, H x W the canvas, h x w the size after the crop.
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +28,10 @@ BOX_DRAWS = 2 * TRIES + 2  # their areas and aspect ratios, and one place
 SMALL = 128  # pixels: a side up to which a resize is quickest as one product for many images
 BLOCK = 32  # output pixels that a product makes at once where the image is larger
 CPU, DEVICE = 2**22, 2**30  # bytes of pixels at a time, on a processor and on an accelerator
+
+# Once 31 MiB are freed, glibc keeps twice as much, and does not fault in what it gave back a moment
+# ago: views take half the time. Much of training frees as much anyway.
+torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 class Batched:
@@ -46,11 +49,14 @@ class Batched:
     """
 
     def __init__(self, transform: v2.Transform, dtype: torch.dtype = torch.float32):
+        self.transform, self.dtype = transform, dtype
         transforms = _after_to_float(_flatten([transform]))
         self.crops_first = bool(transforms) and isinstance(transforms[0], v2.RandomResizedCrop)
         self.steps = _compile(transforms, dtype)
         self.draws = sum(step.draws for step in self.steps)
-        self.dtype = dtype
+
+    def __reduce__(self) -> tuple:  # the steps are closures, which a worker cannot be sent
+        return Batched, (self.transform, self.dtype)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, uniforms: Tensor, sizes: Tensor | None = None) -> Tensor:
@@ -78,12 +84,10 @@ class Batched:
         shape = (*images.shape[:2], *(size or images.shape[-2:]))
         views = images.new_empty(shape, dtype=self.dtype)
 
-        @torch.inference_mode()  # each thread has a mode of its own
-        def fill(part: slice) -> None:
-            chunk = images[part] if self.crops_first else to_float(images[part], self.dtype)
-            views[part] = _run(self.steps, chunk, _take(parameters, part))
-
-        _in_parallel(fill, _chunks(images, self.dtype), _threads(images))
+        with torch.inference_mode():  # cheaper calls; the views themselves may be trained on
+            for part in _chunks(images, self.dtype):
+                chunk = images[part] if self.crops_first else to_float(images[part], self.dtype)
+                views[part] = _run(self.steps, chunk, _take(parameters, part))
         return views
 
 
@@ -135,25 +139,6 @@ def _chunks(images: Tensor, dtype: torch.dtype) -> list[slice]:
 
 def _large(images: Tensor) -> bool:
     return images.shape[2:].numel() > SMALL**2
-
-
-def _threads(images: Tensor) -> int:
-    """Of a processor, one for each large image; small ones are split within each operation."""
-    return torch.get_num_threads() if images.device.type == "cpu" and _large(images) else 1
-
-
-def _in_parallel(function: Callable[[slice], None], parts: list[slice], threads: int) -> None:
-    """The parts on several threads: an operation on one part is too small to be split.
-
-    What becomes of an image does not depend on the number of threads.
-    """
-    if min(threads, len(parts)) <= 1:
-        for part in parts:
-            function(part)
-        return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(function, parts))
-    torch.set_num_threads(threads)  # the pool's own 1 was also to be that of threads yet to come
 
 
 def _take(parameters: Any, index: slice | Tensor) -> Any:

@@ -32,7 +32,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,10 +136,14 @@ def decode(image: Any, max_side: int = MAX_SIDE) -> Tensor:
 
 
 def pad(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Images of any sizes on one zero canvas: (B, 3, H, W) uint8, and their (B, 2) sizes."""
+    """Images of any sizes on one zero canvas: (B, 3, H, W) uint8, and their (B, 2) sizes.
+
+    The colours of a pixel are neighbours in memory, as decoding leaves them.
+    """
     sizes = torch.tensor([image.shape[1:] for image in images])
-    shape = (len(images), 3, *sizes.amax(0).tolist())
+    shape = (len(images), *sizes.amax(0).tolist(), 3)
     canvas = torch.zeros(shape, dtype=torch.uint8) if get_worker_info() is None else shared(shape)
+    canvas = canvas.permute(0, 3, 1, 2)
     for row, image in zip(canvas, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
     return canvas, sizes
@@ -249,25 +253,35 @@ class Images:
         found, decoded = zip(*map(self.decode_near, indices.tolist()), strict=True)
         return Batch(*pad(decoded), torch.tensor(found))
 
-    def batches(self, orders: Iterable[Tensor], workers: int = 0) -> Iterator[Batch]:
-        """A `Batch` for each (B,) index tensor: from memory, else from decoding workers."""
+    def batches(
+        self,
+        orders: Iterable[Tensor],
+        workers: int = 0,
+        then: Callable[[int, Batch], Any] | None = None,
+    ) -> Iterator[Any]:
+        """A `Batch` for each (B,) index tensor: from memory, else from decoding workers.
+
+        Args:
+            then: what is made, by the workers, of the i-th batch and handed over in its place.
+        """
         if self.store is not None:
-            yield from map(self.batch, orders)
+            for i, batch in enumerate(map(self.batch, orders)):
+                yield then(i, batch) if then else batch
             return
         loader = DataLoader(
-            _Decoder(self),
+            _Decoder(self, then),
             batch_size=None,
-            sampler=orders,  # each "sample" is a whole batch of indices
+            sampler=enumerate(orders),  # each "sample" is a whole batch of indices
             num_workers=workers,
             worker_init_fn=faults.leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
             generator=generator("workers"),  # else it draws from the global random stream
         )
-        for batch, bad in loader:
-            if isinstance(batch, UserError):
-                raise batch
+        for made, bad in loader:
+            if isinstance(made, UserError):
+                raise made
             self.note_bad(bad)
-            yield Batch(*batch)
+            yield made if then else Batch(*made)
 
     def report_bad(self) -> str:
         """Counts and names the images left out."""
@@ -280,18 +294,21 @@ class Images:
 class _Decoder(Dataset):
     """What a worker process holds: indices in, a `Batch` in parts and the bad images out.
 
-    A `UserError` is handed over, since one raised in a worker arrives as a page of traceback.
+    Or what is to be made of the batch. A `UserError` is handed over, since one raised in a worker
+    arrives as a page of traceback.
     """
 
-    def __init__(self, images: Images) -> None:
-        self.images = images
+    def __init__(self, images: Images, then: Callable[[int, Batch], Any] | None) -> None:
+        self.images, self.then = images, then
 
-    def __getitem__(self, indices: Tensor) -> tuple[Any, dict[int, str]]:
+    def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Any, dict[int, str]]:
+        i, indices = item
         try:
             batch = self.images.batch(indices)
         except UserError as error:
             return error, {}
-        return (batch.images, batch.sizes, batch.indices), self.images.bad
+        made = self.then(i, batch) if self.then else (batch.images, batch.sizes, batch.indices)
+        return made, self.images.bad
 
 
 def name_of(image: Any, index: int) -> str:

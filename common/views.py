@@ -1,6 +1,7 @@
 """Two augmented views of every image of every batch, for the steps that a run still has to do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from common.augment import Batched, send
-from common.data import Images, batch_indices, generator
+from common.data import Batch, Images, batch_indices, generator
 
 
 class Pairs:
@@ -92,24 +93,35 @@ class Pairs:
         return ahead(views, self.device) if self.device.type == "cuda" else views
 
     def views(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pairs, each made when it is asked for."""
-        for step, (images, sizes) in enumerate(self.batches(first, last), start=first):
-            view1, view2 = (
-                program(images, self.draws(step, view), sizes)
-                for view, program in enumerate(self.programs)
-            )
-            yield view1, view2
+        """The pairs, each made when it is asked for; by the decoding workers where all have CPUs.
 
-    def batches(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(N / R, 3, H, W) uint8 on the device, and (N / R, 2) sizes on the CPU."""
+        Threads would not do: each operation on a large image is short, and Python starts one after
+        the other.
+        """
         orders = map(self.indices, range(first, last))
-        if self.resident is not None:
-            for order in orders:
-                images = self.resident.index_select(0, send(order, self.device))
-                yield images, torch.tensor(images.shape[2:]).expand(len(images), 2)
+        if self.device.type == "cpu":
+            yield from self.images.batches(orders, self.workers, partial(self.pair, first))
             return
-        for batch in self.images.batches(orders, self.workers):
-            yield batch.images.to(self.device, non_blocking=True), batch.sizes
+        for i, batch in enumerate(self.batches(orders)):
+            yield self.pair(first, i, batch)
+
+    def pair(self, first: int, i: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The views of the batch of step `first + i`."""
+        images = batch.images.to(self.device, non_blocking=True)
+        view1, view2 = (
+            program(images, self.draws(first + i, view), batch.sizes)
+            for view, program in enumerate(self.programs)
+        )
+        return view1, view2
+
+    def batches(self, orders: Iterable[Tensor]) -> Iterator[Batch]:
+        """The images, from the accelerator's own memory where they are resident."""
+        if self.resident is None:
+            yield from self.images.batches(orders, self.workers)
+            return
+        for order in orders:
+            images = self.resident.index_select(0, send(order, self.device))
+            yield Batch(images, torch.tensor(images.shape[2:]).expand(len(images), 2), order)
 
 
 def resident(images: Images, device: torch.device) -> Tensor | None:

@@ -1,5 +1,7 @@
 """The stream of view pairs: drawn by (seed, step) alone, whoever asks and from where."""
 
+import pickle
+
 import pytest
 import torch
 from torchvision.transforms import v2
@@ -55,6 +57,21 @@ def test_no_two_views_are_alike():
     apart = torch.cdist(views, views) + 1e3 * torch.eye(len(views))
     assert apart.min() > 1e-2
     assert not torch.equal(stacked(pairs(same, seed=2), 0, 3), stacked(pairs(same), 0, 3))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_make_the_pairs_that_the_main_process_makes(workers):
+    images = some_images([(150 + 7 * i, 200 - 5 * i) for i in range(COUNT)])
+    expected = stacked(pairs(images), 2, 9)
+    assert torch.equal(stacked(pairs(images, workers=workers), 2, 9), expected)
+    images.load(1.0)
+    assert images.store is not None
+    assert torch.equal(stacked(pairs(images, workers=workers), 2, 9), expected)
+
+
+def test_a_worker_can_be_sent_the_stream():
+    copy = pickle.loads(pickle.dumps(pairs(transforms=(T, GRAY))))
+    assert torch.equal(stacked(copy, 0, 3), stacked(pairs(transforms=(T, GRAY)), 0, 3))
 
 
 def test_both_views_are_of_the_images_in_the_order():
