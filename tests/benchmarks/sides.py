@@ -23,7 +23,7 @@ R18, R50 = "R18, 32 px: training step", "R50, 224 px, bf16: training step"
 EMA, PROBE, KNN = "R18: momentum update", "linear probe, 512 features", "kNN, 10,000 features"
 ROWS = {  # what a round does, counted in the unit of the row
     SMALL: (1024, "pairs"),
-    LARGE: (256, "pairs"),
+    LARGE: (768, "pairs"),  # workers start with every round; in a run once
     R18: (32, "pairs"),
     R50: (256, "pairs"),
     EMA: (10, "updates"),
