@@ -134,16 +134,14 @@ class Probe:
     def logits(self, features: Tensor) -> Tensor:
         """(B, F) to (R, B, C)."""
         wide = self.weight.permute(1, 0, 2).flatten(1)  # one product, not R: no copies of features
-        logits = F.pad(features, (0, 1), value=1.0) @ wide
+        logits = torch.addmm(wide[-1], features, wide[:-1])
         return logits.unflatten(1, (len(self.weight), -1)).permute(1, 0, 2)
 
     def step(self, features: Tensor, labels: Tensor, decay: float) -> None:
         """One SGD step of every classifier on (B, F) features and (B,) labels."""
-        inputs = F.pad(features, (0, 1), value=1.0)
         error = self.logits(features).softmax(-1) - F.one_hot(labels, self.weight.shape[-1])
-        grad = (
-            inputs.T @ error.permute(1, 0, 2).flatten(1) / len(inputs)
-        )  # of the mean cross entropy
+        slope = error.permute(1, 0, 2).flatten(1) / len(features)  # of the mean cross entropy
+        grad = torch.cat([features.T @ slope, slope.sum(0, keepdim=True)])
         grad = grad.unflatten(1, (len(error), -1)).permute(1, 0, 2)  # (R, F + 1, C)
         self.velocity.mul_(0.9).add_(grad)
         move = grad.add_(self.velocity, alpha=0.9) if self.protocol.nesterov else self.velocity
