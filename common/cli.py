@@ -129,7 +129,7 @@ def run(main: Callable[[], None]) -> None:
     """Call `main`; turn `UserError` and the machine's faults into one line and exit status 2.
 
     Under a launcher every process meets the same mistake, which only rank 0 prints; but a full
-    disk or a lost process may be met by any.
+    disk or a lost process may be met by any. Ctrl-C is no fault: one line, and status 130.
     """
     try:
         main()
@@ -137,6 +137,9 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped by SIGINT", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         line = faults.explained(error)
         if line is None:

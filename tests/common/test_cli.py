@@ -214,3 +214,13 @@ def test_only_rank_0_prints(fails, monkeypatch):
 
     monkeypatch.setenv("RANK", "1")
     assert fails(main) == ""
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\nstopped by SIGINT\n"
