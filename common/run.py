@@ -8,11 +8,13 @@ RUN/checkpoints/           the last two, each written aside and then renamed
 RUN/encoder.safetensors    what eval/ reads: torchvision's key names, how to build the network
 RUN/results/*.json         one per evaluation
 RUN/trace.json.gz          of a few steps, with --profile
+RUN/.lock                  held while a command trains here
 """
 
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -86,7 +88,8 @@ class Run:
         total: steps of the whole run.
 
     Raises:
-        UserError: not one step, or the folder holds a run of another config or cannot be written.
+        UserError: not one step, or the folder holds a run of another config, is in use by another
+            command or cannot be written.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class Run:
         self._warned = False
         self._tensorboard: Any = None
         self._bar: Any = None
+        self._lock: Any = None
         if not config.estimate:
             self._record_launch()
 
@@ -132,6 +136,7 @@ class Run:
                 raise UserError(f"{path}: not of a run; give another --out") from error
         if self.main:
             with written(self.folder):
+                self._refuse_a_second()
                 (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
                 (self.folder / "results").mkdir(exist_ok=True)
                 for name in ASIDE:  # left by a kill within `written_aside`
@@ -139,6 +144,16 @@ class Run:
                         left.unlink()
             record["launches"].append(provenance(self.accelerator.num_processes))
             write_atomically(path, json.dumps(record, indent=2).encode() + b"\n")
+
+    def _refuse_a_second(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / ".lock").open("w")  # open, and so held, while this run lives
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"--out {self.folder}: another command is training there") from error
+        except OSError:  # a file system without locks
+            pass
 
     def _refuse_if_other(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         a, b = ({"method": r["method"], "images": r["images"]} | r["config"] for r in (old, new))

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -74,6 +76,21 @@ def test_the_record_of_a_run(open_run):
     assert launched["processes"] == 1 and launched["versions"]["torch"] == torch.__version__
     assert {"command", "commit", "device", "started"} <= launched.keys()
     assert (run.folder / "results").is_dir()
+
+
+def test_a_second_command_on_a_folder_is_refused_while_the_first_runs(open_run):
+    run = open_run()
+    code = (
+        "from accelerate import Accelerator; from common.run import Run; "
+        "from tests.common.test_run import Config; "
+        f"Run(Config({str(run.folder)!r}), 'simclr', 'tiny', Accelerator(cpu=True), 100, 20)"
+    )
+    second = [sys.executable, "-c", code]
+    refused = subprocess.run(second, capture_output=True, text=True)
+    assert refused.returncode and "another command is training there" in refused.stderr
+    assert len(read_json(run.folder / "config.json")["launches"]) == 1
+    run._lock.close()  # as the end of its process does
+    subprocess.run(second, check=True)
 
 
 def test_another_config_is_refused_by_the_fields_that_differ(open_run):
