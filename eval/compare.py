@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -26,8 +27,10 @@ import tyro
 from common import cli
 from common.run import read_json, write_atomically
 from eval import report
-from eval.published import DATA, PUBLISHED, Row, data_set
-from eval.report import as_markdown
+from eval.finetune import PART
+from eval.published import DATA, PUBLISHED, R18, Row, data_set
+from eval.report import as_markdown, rows_of_file
+from eval.results import with_interval
 
 SUBJECTS = {"pixels": "raw pixels", "random": "random encoder", "encoder": ""}
 PROTOCOLS = {
@@ -48,6 +51,10 @@ FINE_TUNED = {
 }
 LAYERS = {"-output": " on the head's output"}
 NETWORKS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "demo": "small demo CNN"}
+# what a recipe may be run with and still be it; what `differences` says in words of its own
+TOLD = {"data", "split", "image_column", "label_column", "epochs", "batch_size", "arch", "stem"}
+TOLD |= {"compile", "estimate", "profile", "published"}
+OFFICIAL_LISTS = (12_811, 128_116)  # images of ImageNet's 1 % and 10 % (SimCLR's imagenet_subsets)
 APART = {"seed", "out", "workers", "memory_gb", "processes", "log_every", "save_every", "knn_every"}
 MEASUREMENT = {"title", "figures", "command", "device", "commit"}
 GREYS = {"raw pixels": "#d5d5d5", "random encoder": "#a8a8a8", "supervised twin": "#5f5f5f"}
@@ -83,8 +90,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 def cost(run: Path) -> dict[str, Any]:
     """What a run took: its steps, the median pairs/s, and their time at that rate."""
     config = read_json(run / "config.json")
-    path = run / "timings.jsonl"
-    timings = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    timings = rows_of_file(run / "timings.jsonl")
     rate = median([row["pairs_per_second"] for row in timings]) if timings else None
     return {
         "steps": config["steps"],
@@ -129,10 +135,10 @@ def named(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def by_input(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Named rows, baselines by the method whose input they have: it moves them by some points."""
-    several = len({row["method"] for row in rows}) > 1
+    several = len({row["method"] for row in rows} - {None}) > 1
     return [
         row | {"name": f"{row['name']}, {METHODS.get(row['method'], row['method'])}'s input"}
-        if several and row["subject"] != "encoder"
+        if several and row["method"] and row["subject"] != "encoder"
         else row
         for row in rows
     ]
@@ -164,6 +170,16 @@ def protocol_title(protocol: str) -> str:
         labels = "all labels" if share[1] == "100" else f"{share[1]} % of labels"
         return f"fine-tuned, {labels}{FINE_TUNED.get(share[2], share[2].replace('-', ' '))}"
     return PROTOCOLS.get(protocol, protocol)
+
+
+def called(row: dict[str, Any]) -> str:
+    """A protocol in words, with what was changed in it."""
+    return ", ".join([protocol_title(row["protocol"]), *changed(row)])
+
+
+def changed(row: dict[str, Any]) -> list[str]:
+    """The settings of a judgement that are not its protocol's own."""
+    return [f"{key.replace('_', ' ')} {value:g}" for key, value in row.get("changed", {}).items()]
 
 
 def data_title(source: str) -> str:
@@ -210,12 +226,32 @@ def differences(row: dict[str, Any], known: Row) -> list[str]:
     return said
 
 
-def notes(row: dict[str, Any]) -> list[str]:
+def flags(command: str) -> set[str]:
+    """The fields of a config that a command set: what its run changed in the recipe."""
+    given = (word[2:].partition("=")[0] for word in shlex.split(command) if word[:2] == "--")
+    return {flag.replace("-", "_").removeprefix("no_") for flag in given}
+
+
+def notes(row: dict[str, Any], known: Row) -> list[str]:
     """What is not the published setting's own even where the setting is the same."""
-    copied = re.search(r"jpe?g", row["data"].lower())
-    drawn = "labels" in row and "subset" not in row
-    said = {"JPEG copy of the data": copied, "labels drawn here, not the official list": drawn}
-    return [note for note, true in said.items() if true]
+    config = row["run"]["config"]
+    given = flags(row["run"]["launches"][0]["command"]) & config.keys()
+    given -= known.variant.keys() | APART | TOLD
+    listed = "subset" in row and row["train_images"] in OFFICIAL_LISTS
+    parts = row["protocol"].startswith("finetune") and row.get("probe_batch_size", 0) > PART
+    # SimCLR's and Haiku's ResNet-18 have one there (S resnet.py:516-520), torchvision's has none
+    shortcut = known.network == R18 and known.source in ("README-S", "README-B")
+    said = {
+        "JPEG copy of the data": re.search(r"jpe?g", row["data"].lower()),
+        "not the official list of labels": "labels" in row and not listed,
+        f"BatchNorm over parts of {PART}": parts,
+        "no projection in the first shortcut": shortcut,
+    }
+    return [
+        *(f"{key.replace('_', ' ')} {config[key]}" for key in sorted(given)),
+        *(f"judged with {change}" for change in changed(row)),
+        *(note for note, true in said.items() if true),
+    ]
 
 
 def published_for(row: dict[str, Any]) -> list[Row]:
@@ -250,7 +286,7 @@ def unmatched(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def measured(row: dict[str, Any]) -> str:
-    return f"{row['top1']:.1f} ± {row['interval']:.1f}"
+    return with_interval(row["top1"], row["interval"], row["test_images"])
 
 
 def order(row: dict[str, Any]) -> int:
@@ -267,16 +303,20 @@ def place(protocol: str) -> tuple:
 
 def overview(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Subjects down, protocols across: Top-1 in percent with its 95 % interval, or over seeds."""
-    protocols = sorted({row["protocol"] for row in rows}, key=place)
     names = list(dict.fromkeys(row["name"] for row in sorted(rows, key=order)))
-    table = [["Top-1 (%)", *map(protocol_title, protocols)]]
+    table = [["Top-1 (%)", *columns(rows)]]
     for name in names:
         cells = []
-        for protocol in protocols:
-            mine = [r for r in rows if (r["name"], r["protocol"]) == (name, protocol)]
+        for column in columns(rows):
+            mine = [r for r in rows if (r["name"], called(r)) == (name, column)]
             cells.append(over_seeds(mine) if mine else "")
         table.append([name, *cells])
     return table
+
+
+def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The protocols of the rows in words, in their order."""
+    return list(dict.fromkeys(map(called, sorted(rows, key=lambda row: place(row["protocol"])))))
 
 
 def beside_published(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -288,7 +328,7 @@ def beside_published(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
             table.append(
                 [
                     row["name"],
-                    protocol_title(row["protocol"]),
+                    called(row),
                     measured(row),
                     f"{known.top1:.1f}",
                     f"{row['top1'] - known.top1:+.1f}",
@@ -300,7 +340,7 @@ def beside_published(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def deviations(row: dict[str, Any], known: Row) -> str:
-    return "; ".join(differences(row, known) + notes(row)) or "nothing"
+    return "; ".join(differences(row, known) + notes(row, known)) or "nothing known"
 
 
 def as_text(table: Sequence[Sequence[str]]) -> str:
@@ -333,7 +373,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     twins = [row for row in rows if title(row) == "supervised twin"]
-    protocols = sorted({row["protocol"] for row in rows}, key=place)
+    protocols = columns(rows)
     names = list(dict.fromkeys(row["name"] for row in sorted(rows, key=order)))
     trained = [name for name in names if name not in GREYS]
     colours = GREYS | {name: f"C{i % 10}" for i, name in enumerate(trained)}
@@ -347,10 +387,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_axis_off()
     for axis, protocol in zip(axes.flat, protocols, strict=False):
         for i, name in enumerate(names):
-            mine = [r for r in rows if (r["name"], r["protocol"]) == (name, protocol)]
+            mine = [r for r in rows if (r["name"], called(r)) == (name, protocol)]
             if not mine:
                 continue
-            top1, spread = mean([r["top1"] for r in mine]), max(r["interval"] for r in mine)
+            values = [r["top1"] for r in mine]
+            top1, spread = mean(values), stdev(values) if mine[1:] else mine[0]["interval"]
             axis.barh(i, top1, 0.72, xerr=spread, color=colours[name], ecolor="#333333")
             end, label = top1 + spread, f"{top1:.1f}"
             if found := published_for(mine[0]):
@@ -361,7 +402,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axis.text(end + 2, i, label, va="center", size=8, bbox=box)
         for row in (row for row in twins if row["protocol"].startswith("finetune-100")):
             axis.axvline(row["top1"], color=GREYS["supervised twin"], linewidth=1, zorder=0)
-        axis.set_title("\n".join(textwrap.wrap(protocol_title(protocol), 22)), fontsize=9)
+        axis.set_title("\n".join(textwrap.wrap(protocol, 22)), fontsize=9)
         axis.set(xlim=(0, 125), xticks=[0, 25, 50, 75, 100])
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -379,7 +420,10 @@ def keep(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
         setting = json.dumps(public(setting_of(row)), sort_keys=True).encode()
-        parts = [row["method"], row["recipe"], f"{row['epochs']:.4g}ep", f"seed{row['seed']}"]
+        run = row["run"]["config"]
+        epochs = run["epochs"] if row["epochs"] is None else row["epochs"]
+        parts = [row["method"], row["recipe"], f"{epochs:.4g}ep", f"seed{row['seed']}"]
+        parts = [part for part in parts if part is not None]
         parts += [data_title(row["data"]), row["protocol"], row["subject"]]
         parts += [hashlib.sha256(setting).hexdigest()[:6]]  # runs of a recipe with other flags
         name = re.sub(r"[^\w.-]", "-", "-".join(map(str, parts)))
@@ -418,7 +462,8 @@ def results_page(records: Sequence[dict[str, Any]]) -> str:
         "Top-1 in percent at the last epoch: one run with the 95 % Wilson interval over the test "
         "images, or the mean and standard deviation over seeds. A published figure stands only "
         "beside the same protocol on the same data set. Time is that of all pretraining steps at "
-        "the median rate; an evaluation's is its own, features included.\n",
+        "the median rate; an evaluation's is its own, with those features that no earlier one kept."
+        "\n",
     ]
     for data in sorted({data_title(row["data"]) for row in rows}):
         mine = [row for row in rows if data_title(row["data"]) == data]
@@ -437,8 +482,8 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """A line for each subject and protocol, seeds together, beside the nearest published figure."""
     head = ["subject", "network", "protocol", "Top-1", "published", "setting differs in"]
     table = [[*head, "judged in"]]
-    for key in dict.fromkeys((row["name"], row["protocol"]) for row in rows):
-        group = [row for row in rows if (row["name"], row["protocol"]) == key]
+    for key in dict.fromkeys((row["name"], called(row)) for row in rows):
+        group = [row for row in rows if (row["name"], called(row)) == key]
         row, found = group[0], published_for(group[0])
         network = NETWORKS.get(row["arch"], row["arch"])
         network += "" if row["arch"] == "demo" else f", {row['stem']} stem"
@@ -447,14 +492,19 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
             [
                 row["name"],
                 "none" if row["subject"] == "pixels" else network,
-                protocol_title(row["protocol"]),
+                called(row),
                 over_seeds(group),
-                f"{found[0].top1:.1f} ({found[0].source})" if found else "",
+                beside(found[0]) if found else "",
                 deviations(row, found[0]) if found else "",
                 duration(mean(seconds)) if seconds else "",
             ]
         )
     return table
+
+
+def beside(known: Row) -> str:
+    """A published figure with its source and what is to be known of it."""
+    return f"{known.top1:.1f} ({'; '.join(filter(None, [known.source, known.note]))})"
 
 
 def costs(rows: Sequence[dict[str, Any]]) -> list[list[str]]:

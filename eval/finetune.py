@@ -21,6 +21,7 @@ import copy
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,18 +145,40 @@ def choose(images: Images, fraction: float, subset: str, seed: int) -> Tensor:
     keep = torch.zeros(len(images), dtype=torch.bool)
     if subset:
         try:
-            wanted = {line.strip() for line in Path(subset).read_text().splitlines()} - {""}
+            lines = Path(subset).read_text().splitlines()
+            wanted = {Path(line.strip()).as_posix() for line in lines if line.strip()}
         except (OSError, ValueError) as error:
             raise cli.UserError(f"--subset {subset}: cannot be read ({error})") from error
-        names = [Path(name_of(images.encoded[i], i)).name for i in range(len(images))]
-        if missing := sorted(wanted - set(names)):
+        places = by_name(images, {len(Path(name).parts) for name in wanted})
+        if missing := sorted(wanted - places.keys()):
             raise cli.UserError(f"--subset {subset}: {len(missing)} not there, e.g. {missing[0]}")
-        return torch.tensor([name in wanted for name in names])
+        for name in sorted(wanted):
+            if len(places[name]) > 1:
+                raise cli.UserError(
+                    f"--subset {subset}: {len(places[name])} images are called {name}; "
+                    "give FOLDER/NAME"
+                )
+            keep[places[name]] = True
+        return keep
     for c in images.labels.unique().tolist():
         own = (images.labels == c).nonzero()[:, 0]
         order = torch.randperm(len(own), generator=generator(seed, "labels", c))
         keep[own[order[: max(1, round(fraction * len(own)))]]] = True
     return keep
+
+
+def by_name(images: Images, depths: Iterable[int]) -> dict[str, list[int]]:
+    """Indices of the images of each name: the last parts of their paths, as many as `depths` say.
+
+    The Hub's ImageNet calls n01440764_10026.JPEG, as the official lists have it,
+    n01440764_10026_n01440764.JPEG.
+    """
+    places: dict[str, list[int]] = {}
+    for i in range(len(images)):
+        parts = Path(re.sub(r"_n\d{8}(?=\.JPEG$)", "", name_of(images.encoded[i], i))).parts
+        for depth in depths:
+            places.setdefault("/".join(parts[-depth:]), []).append(i)
+    return places
 
 
 def stages(network: nn.Module) -> list[list[nn.Module]]:
@@ -362,6 +385,10 @@ def judge(subject: Subject, settings: Settings) -> None:
     name += f"-freeze{settings.freeze}" if settings.freeze else ""
     train.into_memory(MEMORY_GB)
     test.into_memory(MEMORY_GB)
+    if protocol.lars and settings.weight_decay:
+        raise cli.UserError("--weight-decay: not with LARS, whose protocol has none")
+    own = ("epochs", "base_lr", "batch_size", "weight_decay")
+    changed = {key: value for key in own if (value := getattr(settings, key))}
     given = subject.encoder.input
     key = f"{digest_of(subject.encoder.network, given, train)} {protocol} {settings}"
     unfinished = Unfinished(subject.folder, name_of_record(subject, name), key)
@@ -386,6 +413,7 @@ def judge(subject: Subject, settings: Settings) -> None:
         probe_batch_size=chosen.batch_size,
         probe_weight_decay=settings.weight_decay or None,
         probe_seed=settings.seed,
+        changed=changed or None,
         seconds=unfinished.seconds(),
     )
     unfinished.remove()

@@ -5,6 +5,7 @@ SVG, there is no script, and nothing is fetched. All that comes from data is esc
 """
 
 import base64
+import contextlib
 import html
 import io
 import json
@@ -21,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 from common import cli
-from common.data import Images
+from common.data import Images, take
 from common.run import read_json, write_atomically
 from eval.knn import Monitor, accuracy, predict, thin
-from eval.results import subjects
+from eval.results import Subject, subjects
 
 Table = Sequence[Sequence[str]]
 SHORT = ' class="short"'
@@ -72,15 +73,22 @@ def look(run: Path) -> Look:
     """
     subject = next(iter(subjects(str(run), "", (), "")))
     train, test = subject.splits()
-    train, test = thin(train, Monitor.BANK), thin(test, Monitor.QUERIES)
-    (bank, labels), (queries, truth) = subject.extract(train), subject.extract(test)
-    if len(bank) < len(train) or len(queries) < len(test):
-        raise cli.UserError("pictures are left out: some images cannot be decoded")
+    train, bank, labels = decoded(subject, thin(train, Monitor.BANK))
+    test, queries, truth = decoded(subject, thin(test, Monitor.QUERIES))
     ranking, _ = predict(
         queries, bank, labels, classes=len(train.classes), k=Monitor.K, temperature=0.1
     )
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     return Look(train, test, bank, queries, labels, truth, ranking)
+
+
+def decoded(subject: Subject, images: Images) -> tuple[Images, Tensor, Tensor]:
+    """Those of `images` that can be decoded, with their features and labels."""
+    features, index = subject.features(images)
+    if len(index) < len(images):
+        images = take(images, torch.isin(torch.arange(len(images)), index), "decoded")
+    assert images.labels is not None
+    return images, features, images.labels
 
 
 def plane(features: Tensor) -> tuple[Tensor, float]:
@@ -176,7 +184,12 @@ def table_html(table: Table) -> str:
 
 
 def rows_of_file(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of a log; without one that a kill cut short."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def series(run: Path) -> dict[str, list[tuple[float, float]]]:

@@ -54,10 +54,14 @@ class Subject:
     def extract(self, images: Images, given: Input | None = None) -> tuple[Tensor, Tensor]:
         """(N, F) features and (N,) labels; `given` in place of the encoder's own input."""
         assert images.labels is not None
+        features, index = self.features(images, given)
+        return features, images.labels[index]
+
+    def features(self, images: Images, given: Input | None = None) -> tuple[Tensor, Tensor]:
+        """The same features, and the indices of their images: those that can be decoded."""
         network, given = self.encoder.network.to(self.device), given or self.encoder.input
         key = digest_of(network, given, images) if self.cache else ""
-        features, index = kept(self.cache, key, lambda: encode(network, images, given, self.device))
-        return features, images.labels[index]
+        return kept(self.cache, key, lambda: encode(network, images, given, self.device))
 
 
 def subjects(
@@ -146,10 +150,16 @@ def record(
         path = subject.folder / f"{name_of_record(subject, protocol)}.json"
         write_atomically(path, json.dumps(row, indent=2).encode() + b"\n")
     interval = values.get("interval")
-    spread = f" ± {interval:.1f}" if interval is not None else ""
+    said = f"{top1:.1f}" if interval is None else with_interval(top1, interval, judged)
     who = f"{protocol:<16} {subject.encoder.name:<8}"
-    print(f"{who}  Top-1 {top1:5.1f}{spread}  on {subject.source}", flush=True)
+    print(f"{who}  {measure_of(protocol)} {said}  on {subject.source}", flush=True)
     return row
+
+
+def measure_of(protocol: str) -> str:
+    """What a protocol's figure is."""
+    others = {"-mean-per-class": "mean per class", "-map11": "11-point mAP"}
+    return next((name for ending, name in others.items() if protocol.endswith(ending)), "Top-1")
 
 
 def name_of_record(subject: Subject, protocol: str) -> str:
@@ -170,3 +180,12 @@ def confidence(percent: float, count: int) -> float:
     """Half the width, in percent, of the 95 % Wilson interval of a share measured on `count`."""
     p, z = percent / 100, 1.959964
     return 100 * z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
+
+
+def with_interval(percent: float, interval: float, count: int) -> str:
+    """A figure and its 95 % interval: ±, or both ends where they are not equally far."""
+    z2 = 1.959964**2
+    centre = (percent + 50 * z2 / count) / (1 + z2 / count)  # Wilson's is drawn towards a half
+    if abs(centre - percent) < 0.25 * interval:
+        return f"{percent:.1f} ± {interval:.1f}"
+    return f"{percent:.1f} ({centre - interval:.1f} to {centre + interval:.1f})"

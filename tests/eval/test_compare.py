@@ -175,9 +175,9 @@ def held_against(folder, protocol, method, changed=(), **config):
 @pytest.mark.parametrize(
     "epochs, published, differs",
     [
-        (200, 82.6, "nothing"),
-        (400, 86.3, "nothing"),
-        (800, 88.7, "nothing"),
+        (200, 82.6, "nothing known"),
+        (400, 86.3, "nothing known"),
+        (800, 88.7, "nothing known"),
         (10, 82.6, "10 epochs, not 200"),
     ],
 )
@@ -200,7 +200,8 @@ def test_batch_network_stem_and_copies_are_said(tmp_path):
     config = CIFAR | {"epochs": 1000, "published": "simclr-cifar10-r18-1000"}
     config |= {"data": "../shared/cifar10-jpeg", "batch_size": 256, "stem": "imagenet"}
     found = held_against(tmp_path / "run", "linear-simclr", "simclr", **config)
-    assert found == ([91.0], ["batch 256, not 512; ImageNet stem; JPEG copy of the data"])
+    said = "batch 256, not 512; ImageNet stem; JPEG copy of the data"
+    assert found == ([91.0], [f"{said}; no projection in the first shortcut"])
     config["arch"] = "resnet50"
     assert "ResNet-50, not ResNet-18" in str(
         held_against(tmp_path / "r50", "linear-simclr", "simclr", **config)
@@ -243,7 +244,7 @@ def test_never_across_data_sets(tmp_path, data, images, known):
     config |= {"published": "simclr-v1-r50-100"}
     changed = {"test_images": images}
     found = held_against(tmp_path / "run", "linear-simclr", "simclr", changed, **config)
-    assert found == (([64.5], ["nothing"]) if known else ([], []))
+    assert found == (([64.5], ["nothing known"]) if known else ([], []))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_pretrained_elsewhere_is_another_figure(tmp_path):
     assert found == ([], [])
     config |= {"arch": "resnet50", "batch_size": 4096, "stem": "imagenet"}
     found = held_against(tmp_path / "b", "transfer-linear", "simclr", judged_on, **config)
-    assert found == ([90.6], ["nothing"])
+    assert found == ([90.6], ["nothing known"])
 
 
 @pytest.mark.parametrize(
@@ -289,17 +290,79 @@ def test_transfer_by_the_measure_of_its_data_set(tmp_path, protocol, source, ima
     config |= {"batch_size": 4096, "epochs": 1000, "published": "byol-r50-1000"}
     judged_on = {"data": source, "test_images": images}
     found = held_against(tmp_path / "a", protocol, "byol", judged_on, **config)
-    assert found == (published, ["nothing"] * len(published))
+    assert found == (published, ["nothing known"] * len(published))
 
 
 def test_labels_that_were_drawn_are_said(tmp_path):
     config = {"data": "ILSVRC/imagenet-1k", "arch": "resnet50", "stem": "imagenet", "norm": "bn"}
     config |= {"batch_size": 4096, "epochs": 1000, "published": "byol-r50-1000"}
-    for more, said in (({}, "labels drawn here, not the official list"), ({"subset": "x"}, "")):
+    other, listed = "not the official list of labels", {"subset": "x"}
+    for i, (more, said) in enumerate(
+        [
+            ({"train_images": 12_811}, other),
+            (listed | {"train_images": 12_000}, other),
+            (listed | {"train_images": 12_811}, "nothing known"),
+            (
+                listed | {"train_images": 12_811, "probe_batch_size": 1024},
+                "BatchNorm over parts of 256",
+            ),
+        ]
+    ):
         changed = {"test_images": 50_000, "labels": "ab12", **more}
-        folder = tmp_path / f"run{len(more)}"
-        found = held_against(folder, "finetune-1-byol", "byol", changed, **config)
-        assert found == ([53.2], [said or "nothing"])
+        found = held_against(tmp_path / f"run{i}", "finetune-1-byol", "byol", changed, **config)
+        assert found == ([53.2], [said])
+
+
+def test_what_a_run_and_a_judgement_changed_is_said(tmp_path):
+    """Flags of the pretraining command, and settings of the judgement that are not its own."""
+    key = {"published": "moco-cifar10-asym-200", "weight_decay": 0.1}
+    run = made(tmp_path / "run", "moco", "cifar10", **NOTEBOOK, epochs=200, **key)
+    config = json.loads((run / "config.json").read_text())
+    config["launches"][0]["command"] += " --weight-decay=0.1 --log-every 5 --temperature 0.1"
+    (run / "config.json").write_text(json.dumps(config))
+    judged(run, "knn200-output", changed={"epochs": 1, "base_lr": 0.5})
+    [row] = rows(run)
+    [known] = compare.published_for(row)
+    said = "weight decay 0.1; judged with epochs 1; judged with base lr 0.5"
+    assert compare.deviations(row, known) == said
+    assert compare.columns([row]) == ["kNN (k 200) on the head's output, epochs 1, base lr 0.5"]
+
+
+def test_a_changed_protocol_has_a_column_of_its_own(tmp_path):
+    runs = [made(tmp_path / f"seed{seed}", seed=seed) for seed in (1, 2)]
+    judged(runs[0], "finetune-100-simclr", top1=70.0)
+    judged(runs[1], "finetune-100-simclr", top1=60.0, changed={"epochs": 3})
+    head, line = compare.overview(rows(*runs))
+    assert head[1:] == [
+        f"fine-tuned, all labels (SimCLR's protocol){x}" for x in ("", ", epochs 3")
+    ]
+    assert line[1:] == ["70.0 ± 1.7", "60.0 ± 1.7"]
+
+
+def test_other_weights_in_a_runs_folder_are_kept(tmp_path, command):
+    run = made(tmp_path / "run", "moco")
+    judged(run, "knn20")
+    other = dict.fromkeys(("method", "recipe", "epochs", "published"))
+    judged(run, "knn20", "torchvision:resnet50=w.pth", **other, arch="resnet50")
+    command(run, "--keep", tmp_path / "kept" / "results")
+    assert len(list((tmp_path / "kept" / "results").iterdir())) == 2
+    command("--results", tmp_path / "kept" / "results")
+    page = (tmp_path / "kept" / "RESULTS.md").read_text()
+    assert "None" not in page and "torchvision:resnet50=w.pth" in page
+
+
+def test_what_is_to_be_known_of_a_published_figure_is_said(tmp_path):
+    key = {"published": "moco-cifar10-asym-200"}
+    run = made(tmp_path / "run", "moco", "cifar10", **NOTEBOOK, epochs=200, **key)
+    judged(run, "knn200", top1=85.0)
+    assert "best epoch on test" in str(compare.figures(rows(run)))
+
+
+def test_a_log_that_a_kill_cut_short_is_read(tmp_path):
+    run = made(tmp_path / "run")
+    with (run / "timings.jsonl").open("a") as file:
+        file.write('{"step": 20, "pairs')
+    assert compare.cost(run)["pairs_per_second"] == 580.0
 
 
 def test_only_what_a_method_learned_is_held_against_anything(tmp_path):
@@ -403,7 +466,8 @@ def test_kept_results_make_the_page(tmp_path, three, command, monkeypatch):
     assert str(tmp_path) not in page and str(tmp_path) not in "".join(
         path.read_text() for path in files.iterdir()
     )
-    assert "82.5, sd 0.7 over 2 seeds (82.0, 83.0) | 82.6 (notebook) | JPEG copy of the d" in page
+    assert "82.5, sd 0.7 over 2 seeds (82.0, 83.0) | 82.6 (notebook" in page
+    assert ") | JPEG copy of the data |" in page
     assert page.count("| raw pixels, SimCLR's input |") == 3 and page.count("## ") == 3
     assert page.count("| raw pixels, BYOL's input |") == 3 and "| raw pixels |" not in page
     assert "| MoCo cifar10, 200 epochs | 1 | " in page and "580 | 1.2 GB | CPU (2 cores) |" in page

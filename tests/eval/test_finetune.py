@@ -56,6 +56,26 @@ def test_a_list_of_names(tmp_path):
         choose(images, 1.0, str(tmp_path / "none"), 1)
 
 
+def test_a_list_may_name_folders_and_must_be_unambiguous(tmp_path):
+    paths = ["/data/cat/1.jpg", "/data/dog/1.jpg", "/data/dog/2.jpg"]
+    images = Images("x", paths, torch.tensor([0, 1, 1]), ("cat", "dog"))
+    names = tmp_path / "names.txt"
+    names.write_text("./cat/1.jpg\n2.jpg\n\n")
+    assert choose(images, 1.0, str(names), 1).tolist() == [True, False, True]
+    names.write_text("1.jpg\n")
+    with pytest.raises(UserError, match="2 images are called 1"):
+        choose(images, 1.0, str(names), 1)
+
+
+def test_the_official_lists_find_the_hubs_names(tmp_path):
+    """The Hub's ImageNet adds the class to the name that the lists have."""
+    rows = [{"bytes": b"", "path": f"n01440764_{i}_n01440764.JPEG"} for i in range(3)]
+    images = Images("x", rows, torch.tensor([0, 0, 0]), ("tench",))
+    names = tmp_path / "1percent.txt"
+    names.write_text("n01440764_0.JPEG\nn01440764_2.JPEG\n")
+    assert choose(images, 1.0, str(names), 1).tolist() == [True, False, True]
+
+
 def subject_of(tmp_path, method="moco", network=None, name="encoder", **about):
     config = {"data": "x", "batch_size": 8, "seed": 1}
     about |= {"method": method}

@@ -268,3 +268,23 @@ def test_in_a_browser_nothing_sticks_out(page, tmp_path, width):
     with Image.open(shot) as picture:
         drawn = picture.convert("RGB").crop((0, 0, width, 1600))
         assert len(drawn.quantize(64).getcolors()) > 30
+
+
+def test_an_image_that_cannot_be_decoded_is_left_out_of_the_pictures(page, tmp_path):
+    """Features, labels and thumbnails keep to the same images."""
+    _, run = page
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("features"))
+    config = json.loads((run / "config.json").read_text())
+    shutil.copytree(config["config"]["data"], tmp_path / "source")
+    config["config"]["data"] = str(tmp_path / "source")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    first = min((tmp_path / "source" / "test" / "b & c").iterdir())
+    first.write_bytes(b"not an image")
+    whole, seen = report.look(run), report.look(tmp_path / "run")
+    assert len(seen.test) == len(seen.queries) == len(seen.truth) == len(whole.test) - 1
+    gone = [i for i in range(24) if i != whole.truth.tolist().index(1)]
+    assert torch.equal(seen.truth, whole.truth[gone])
+    torch.testing.assert_close(seen.queries, whole.queries[gone])
+    for mine, other in enumerate(gone):
+        pictures = report.thumbnail(seen.test, mine), report.thumbnail(whole.test, other)
+        assert pictures[0].tobytes() == pictures[1].tobytes()

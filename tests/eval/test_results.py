@@ -17,7 +17,7 @@ from common.data import Images
 from common.run import Run, read_json
 from eval.encoder import Input, build_seeded, metadata
 from eval.features import digest_of, fingerprint
-from eval.results import confidence, subjects
+from eval.results import confidence, measure_of, subjects, with_interval
 from simclr.config import RECIPES
 
 
@@ -193,3 +193,30 @@ def test_a_fingerprint_sees_every_bit():
     assert after != before
     network.train()(torch.rand(2, 3, 4, 4))  # running statistics move
     assert fingerprint(network) != after
+
+
+@pytest.mark.parametrize(
+    "percent, count, said",
+    [
+        (50.0, 10_000, "50.0 ± 1.0"),
+        (97.5, 2_000, "97.5 ± 0.7"),
+        (100.0, 9, "100.0 (70.1 to 100.0)"),
+        (0.0, 9, "0.0 (0.0 to 29.9)"),
+    ],
+)
+def test_an_interval_that_is_not_centred_is_told_by_its_ends(percent, count, said):
+    """Wilson (1927), eq. 1: for 9 of 9 the ends are 1 / (1 + z^2 / 9) and 1."""
+    assert with_interval(percent, confidence(percent, count), count) == said
+
+
+@pytest.mark.parametrize(
+    "protocol, measure",
+    [
+        ("transfer-linear", "Top-1"),
+        ("transfer-linear-map11", "11-point mAP"),
+        ("transfer-linear-mean-per-class", "mean per class"),
+        ("linear-moco", "Top-1"),
+    ],
+)
+def test_a_figure_is_called_what_it_is(protocol, measure):
+    assert measure_of(protocol) == measure
