@@ -327,9 +327,8 @@ class Run:
         sys.exit(128 + signum)
 
     def _watched(self, stream: Iterator[speed.Views]) -> Iterator[speed.Views]:
-        if (
-            self.first == 0
-        ):  # operations may go another way while they are counted: in this step only
+        if self.first == 0:
+            # operations may go another way while they are counted: in this step only
             stream = speed.counted(stream, self._know_flops)
         else:
             self._flops = self._counted_before()
