@@ -50,7 +50,8 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 TABLES = (".parquet", ".arrow")
 SPLITS = {  # the names under which people keep a split
     "train": ("train", "training"),
-    "test": ("test", "testing", "validation", "valid", "val"),
+    "test": ("test", "testing"),
+    "validation": ("validation", "valid", "val"),
 }
 MAX_SIDE = 640  # pixels; a longer image is reduced when decoded, so that no batch is mostly padding
 MAX_BAD = 0.05  # share of undecodable images beyond which a source is refused
@@ -327,7 +328,7 @@ def open_images(
     label_column: str | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> Images:
-    """Open one split, "train" or "test" (or a split's own name), of `source`.
+    """Open one split, "train", "test" or "validation" (or by its own name), of `source`.
 
     Args:
         classes: the class names that labels are to be numbered by (those of the training split).
@@ -337,6 +338,8 @@ def open_images(
     """
     path = Path(os.path.expanduser(source))
     if source == "demo":
+        if split not in ("train", "test"):
+            raise _NoSplit(f"demo: no split {split!r}; it has train, test")
         pixels, labels = demo.split(split)
         return Images(f"demo {split}", pixels, labels, demo.CLASSES, store=pixels)
     try:
@@ -380,6 +383,8 @@ def open_labelled(
 ) -> tuple[Images, Images | None]:
     """The training split and the test split, labelled alike; None where there is no test split.
 
+    Validation is the test split of a source whose test split is missing or has no labels.
+
     Args:
         several: whether an image may have several labels.
 
@@ -402,7 +407,7 @@ def open_labelled(
         only = train.classes[present[0]]
         raise UserError(f"{source}: one class only ({only}); nothing to tell apart")
     test = None
-    for split in ("test", "validation", "val"):  # ImageNet's test split has no labels
+    for split in ("test", "validation"):  # ImageNet's test split has no labels
         with contextlib.suppress(_NoSplit):
             test = open_images(source, split, classes=train.classes, **columns)
             if test.labels is not None:
@@ -423,7 +428,7 @@ def present_in(labels: Tensor) -> list[int]:
 
 
 def open_validation(source: str, classes: tuple[str, ...], **columns: Any) -> Images | None:
-    """The labelled validation split of a source that has a test split as well, else None."""
+    """The labelled validation split; None where `open_labelled` takes it for the test split."""
     try:
         test = open_images(source, "test", classes=classes, **columns)
         validation = open_images(source, "validation", classes=classes, **columns)
