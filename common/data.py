@@ -364,7 +364,7 @@ def open_images(
 def open_train_test(source: str, **columns: Any) -> tuple[Images, Images]:
     """The two splits an evaluation needs, labelled alike.
 
-    A labelled source without a test split has every fifth image held out, and says so in its name.
+    A labelled source without a test split has a fifth held out, and says so in its name.
 
     Raises:
         UserError: as `open_labelled`.
@@ -374,7 +374,22 @@ def open_train_test(source: str, **columns: Any) -> tuple[Images, Images]:
 
 
 def hold_out_fifth(train: Images) -> tuple[Images, Images]:
-    held_out = torch.arange(len(train)) % 5 == 4
+    """Every fifth image of the classes one after the other, so of each class about a fifth.
+
+    No class is lost to training: the only image of one is kept. At least one image is held out.
+
+    Raises:
+        UserError: there is one image of each class.
+    """
+    assert train.labels is not None
+    order = torch.arange(len(train))
+    if train.labels.ndim == 1:  # of several labels there is no such order
+        order = train.labels.argsort(stable=True)
+        order = order[train.labels.bincount()[train.labels[order]] > 1]
+    if len(order) < 2:
+        raise UserError(f"{train.name}: one image of each class; none can be held out to test on")
+    held_out = torch.zeros(len(train), dtype=torch.bool)
+    held_out[order[4::5] if len(order) > 4 else order[-1:]] = True
     return take(train, ~held_out, "4/5 of train"), take(train, held_out, "1/5 of train")
 
 

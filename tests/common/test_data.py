@@ -150,6 +150,35 @@ def test_without_a_test_folder_every_fifth_image_is_held_out(tmp_path):
     assert "1/5 of train" in test.name and "4/5 of train" in train.name
 
 
+def labelled(labels):
+    count, classes = len(labels), tuple("abcdefgh"[: max(labels) + 1])
+    return Images("x", torch.arange(count), torch.tensor(labels), classes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "held_out"),
+    [
+        ([i % 5 for i in range(25)], [20, 21, 22, 23, 24]),  # not all of class 4
+        ([0, 1, 0, 0, 2, 0, 0], [6]),  # the fifth of class 0; 1 and 2 have one image each
+        ([0, 1] * 5, [8, 9]),
+        ([0, 0, 1], [1]),  # fewer than five
+        ([0, 0, 1, 1, 2, 2, 3, 3], [4]),  # fewer than five of each class
+    ],
+)
+def test_a_fifth_of_each_class_is_held_out(labels, held_out):
+    train, test = hold_out_fifth(labelled(labels))
+    assert [int(i) for i in test.encoded] == held_out
+    assert len(train) + len(test) == len(labels)
+    assert set(train.labels.tolist()) == set(labels)
+
+
+def test_where_no_image_can_be_held_out():
+    with pytest.raises(UserError, match="x: one image of each class"):
+        hold_out_fifth(labelled([0, 1, 2]))
+    with pytest.raises(UserError, match="none can be held out"):
+        hold_out_fifth(Images("x", torch.arange(1), torch.ones(1, 2, dtype=torch.bool)))
+
+
 def test_a_test_folder_without_a_train_folder_is_refused(tmp_path):
     write(tmp_path / "test" / "a" / "1.png")
     with pytest.raises(UserError, match="no train folder"):
