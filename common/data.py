@@ -178,6 +178,7 @@ class Images:
     classes: tuple[str, ...] = ()
     bad: dict[int, str] = field(default_factory=dict)  # undecodable so far: index to its name
     store: list[Tensor] | Tensor | None = None  # decoded, where that fits in memory
+    digest: str = ""  # of the encoded bytes, once eval/features.py has read them all
 
     def __len__(self) -> int:
         return len(self.encoded)
