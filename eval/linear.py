@@ -97,9 +97,13 @@ PROTOCOLS = {"simclr": SIMCLR, "moco": MOCO, "byol": BYOL, "features": FEATURES}
 
 
 def protocol_of(subject: Subject, settings: Settings) -> Protocol:
-    """The protocol asked for, or that of the run's method; pixels have no network to go through."""
-    name = settings.protocol or subject.encoder.about.get("method", "features")
-    paper = FEATURES if subject.encoder.name == "pixels" else PROTOCOLS[name]
+    """The protocol asked for, or that of the run's method; `features` where that has none.
+
+    Pixels have no network to go through.
+    """
+    name = settings.protocol or subject.encoder.about.get("method", "")
+    pixels = subject.encoder.name == "pixels"
+    paper = FEATURES if pixels else PROTOCOLS.get(name, FEATURES)
     if paper is SIMCLR and subject.encoder.input.size == 32:
         paper = SIMCLR_CIFAR
     return replace(
@@ -153,11 +157,17 @@ class Probe:
 
 
 def hold_out(count: int, protocol: Protocol, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and indices to choose the rate on: a tenth, at most 10,000, if needed."""
+    """Indices to train on and indices to choose the rate on: a tenth, at most 10,000, if needed.
+
+    Raises:
+        UserError: it is needed, and there is one image only.
+    """
     if len(protocol.rates) == 1:
         return torch.arange(count), torch.arange(0)
+    if count < 2:
+        raise cli.UserError("one training image: none is left to choose the learning rate on")
     order = torch.randperm(count, generator=generator(seed, "held out"))
-    size = min(count // 10, 10_000)  # arXiv 2006.07733 App. C.1 holds out 10,009 of ImageNet
+    size = max(1, min(count // 10, 10_000))  # arXiv 2006.07733 App. C.1: 10,009 of ImageNet
     return order[size:].sort().values, order[:size].sort().values
 
 

@@ -139,6 +139,7 @@ def mean_per_class(scores: Tensor, labels: Tensor) -> float:
 def map11(scores: Tensor, labels: Tensor) -> float:
     """The mean over the classes present of VOC 2007's average precision; labels: (N, C) bool.
 
+    0 where no class is present, as may be in a few images held out or drawn.
     That of a class is the mean, over the recalls 0, 0.1, ..., 1, of the best precision at that
     recall or a higher one.
     """
@@ -150,7 +151,7 @@ def map11(scores: Tensor, labels: Tensor) -> float:
             reached = (10 * hits / hits[-1] + 1e-9).floor()  # recall in tenths: 3 of 10 reach 0.3
             best = [precision[reached >= tenth].max() for tenth in range(11)]
             precisions.append(torch.stack(best).mean().item())
-    return 100 * sum(precisions) / len(precisions)
+    return 100 * sum(precisions) / max(1, len(precisions))
 
 
 Measure = Callable[[Tensor, Tensor], float]
@@ -201,8 +202,11 @@ def judge(subject: Subject, settings: Settings) -> None:
     own = open_validation(subject.source, train.classes, **subject.columns)
     if own is None:
         order = torch.randperm(len(bank), generator=generator(settings.seed, "transfer"))
-        order = order.roll(-(len(bank) // 5))  # what is held out stands last
-        both, names, count = bank[order], labels[order], len(bank) - len(bank) // 5
+        count = len(bank) - max(1, len(bank) // 5)
+        if count < 1:
+            raise cli.UserError(f"{train.name}: one image; none is left to choose the value on")
+        order = order.roll(count - len(bank))  # what is held out stands last
+        both, names = bank[order], labels[order]
     else:
         chosen_on, chosen = subject.extract(own, given)
         both, names, count = torch.cat([bank, chosen_on]), torch.cat([labels, chosen]), len(bank)
