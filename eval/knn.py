@@ -54,7 +54,7 @@ def predict(
     """Classes of `queries`, (Q, F), by the `k` nearest of `bank`, (N, F), with `labels` (N,).
 
     Returns:
-        (Q, classes) classes from most to least likely, and the (Q, classes) scores.
+        (Q, classes) classes from most to least likely, and their (Q, classes) shares of the votes.
     """
     similarity, index = nearest(queries, bank, k, chunk=chunk)
     return vote(similarity, labels[index], classes, temperature)
@@ -111,10 +111,14 @@ def nearest(
 def vote(
     similarity: Tensor, labels: Tensor, classes: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Ranking and scores, (Q, classes), from the neighbours' (Q, k) similarities and labels."""
-    votes = torch.exp(similarity / temperature)
-    scores = votes.new_zeros(len(votes), classes).scatter_add_(1, labels, votes)
-    return scores.argsort(dim=1, descending=True, stable=True), scores
+    """Ranking and shares of the votes, (Q, classes), from the neighbours' (Q, k) similarities and
+    labels.
+
+    In float64, and as shares, which no temperature makes overflow.
+    """
+    votes = (similarity.double() / temperature).softmax(1)
+    shares = votes.new_zeros(len(votes), classes).scatter_add_(1, labels, votes)
+    return shares.argsort(dim=1, descending=True, stable=True), shares
 
 
 def accuracy(ranking: Tensor, labels: Tensor, top: int = 1) -> float:
