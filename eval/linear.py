@@ -104,7 +104,7 @@ def protocol_of(subject: Subject, settings: Settings) -> Protocol:
     name = settings.protocol or subject.encoder.about.get("method", "")
     pixels = subject.encoder.name == "pixels"
     paper = FEATURES if pixels else PROTOCOLS.get(name, FEATURES)
-    if paper is SIMCLR and subject.encoder.input.size == 32:
+    if paper is SIMCLR and subject.encoder.input.size <= 32:
         paper = SIMCLR_CIFAR
     return replace(
         paper,

@@ -235,10 +235,9 @@ def test_the_protocol_is_the_methods_unless_said(tmp_path, method, name):
     assert linear.protocol_of(subject, Settings()) == FEATURES
     assert linear.protocol_of(subject, Settings(protocol=name)) == PROTOCOLS[name]
     subject = subject_of(Network().eval(), tmp_path, "simclr")
-    subject.encoder.input = Input(32)
-    assert linear.protocol_of(subject, Settings()) == SIMCLR_CIFAR
-    subject.encoder.input = Input(224)
-    assert linear.protocol_of(subject, Settings()) == SIMCLR
+    for size, paper in ((24, SIMCLR_CIFAR), (32, SIMCLR_CIFAR), (33, SIMCLR), (224, SIMCLR)):
+        subject.encoder.input = Input(size)
+        assert linear.protocol_of(subject, Settings()) == paper
     subject.encoder.name = "pixels"
     assert linear.protocol_of(subject, Settings()) == FEATURES
 
