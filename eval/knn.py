@@ -192,7 +192,7 @@ def judge(subject: Subject, settings: Settings) -> None:
             subject,
             f"knn{k}{other}{subject.encoder.suffix}",
             top1=top1,
-            counts=(len(train), len(train if test is None else test)),
+            counts=(len(bank), len(truth)),  # without undecodable images
             top5=accuracy(ranking, truth, 5) if len(train.classes) > 5 else None,
             interval=confidence(top1, len(truth)),
             k=k,

@@ -323,6 +323,7 @@ def judge(subject: Subject, settings: Settings) -> None:
         name,
         top1=top1,
         top5=accuracy(ranking, truth, 5) if ranking.shape[1] > 5 else None,
+        counts=(len(subject.splits()[0]), len(truth)),  # judged on: without undecodable images
         interval=confidence(top1, len(truth)),
         lr=round(rate, 6),
         probe_epochs=protocol.epochs,

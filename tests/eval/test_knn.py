@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.data import Images
-from eval.encoder import Input
-from eval.knn import Monitor, accuracy, nearest, predict, thin, vote
+from common.run import read_json
+from eval.encoder import Encoder, Input
+from eval.knn import Monitor, Settings, accuracy, judge, nearest, predict, thin, vote
+from eval.results import Subject, confidence
 from tests.helpers import golden
 
 
@@ -153,6 +155,20 @@ def test_the_monitor_leaves_the_encoder_as_it_was(monkeypatch):
     assert monitor(encoder, "cpu") == 100.0
     assert encoder.training
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_only_images_that_are_judged_are_counted(tmp_path, left_out):
+    train, test = (coloured(count) for count in (90, 30))
+    for images in (train, test):
+        images.encoded, images.store = ["nowhere.png", *images.encoded[1:]], None
+    encoder = Encoder(Mean().eval(), Input(16), "encoder")
+    opened = (train, None if left_out else test)
+    subject = Subject(encoder, "x", {}, tmp_path, {"data": "x"}, "cpu", _opened=opened)
+    judge(subject, Settings(k=(5,)))
+    row = read_json(tmp_path / "knn5-encoder.json")
+    assert (row["train_images"], row["test_images"]) == (89, 89 if left_out else 29)
+    assert row["top1"] == 100.0 and row["interval"] == confidence(100.0, row["test_images"])
 
 
 def test_thinning_keeps_images_and_labels_together():

@@ -16,7 +16,7 @@ from eval import linear
 from eval.encoder import Encoder, Input
 from eval.features import fingerprint
 from eval.linear import BYOL, FEATURES, MOCO, PROTOCOLS, SIMCLR, SIMCLR_CIFAR, Probe, Settings
-from eval.results import Subject
+from eval.results import Subject, confidence
 from eval.unfinished import Unfinished
 from tests.eval.stopping import again, assert_same_records
 
@@ -240,6 +240,18 @@ def test_the_protocol_is_the_methods_unless_said(tmp_path, method, name):
         assert linear.protocol_of(subject, Settings()) == paper
     subject.encoder.name = "pixels"
     assert linear.protocol_of(subject, Settings()) == FEATURES
+
+
+@pytest.mark.parametrize("protocol", ["simclr", "features"])
+def test_only_images_that_are_judged_are_counted(tmp_path, protocol):
+    subject = subject_of(Network().eval(), tmp_path)
+    test = coloured(30)
+    test.encoded, test.store = ["nowhere.png", *test.encoded[1:]], None
+    subject._splits = (subject.splits()[0], test)
+    linear.judge(subject, Settings(protocol=protocol, epochs=1, batch_size=16))
+    row = read_json(tmp_path / f"linear-{protocol}-encoder.json")
+    assert (row["train_images"], row["test_images"]) == (120, 29)
+    assert row["interval"] == pytest.approx(confidence(row["top1"], 29), abs=1e-3)
 
 
 def test_the_same_seed_gives_the_same_answer(tmp_path):
