@@ -410,11 +410,14 @@ def open_labelled(
     """
     train = open_images(source, "train", **columns)
     if train.labels is None:
-        raise UserError(f"{source}: has no labels; an evaluation needs them (class folders do)")
+        raise UserError(
+            f"{source}: has no labels; an evaluation needs them (class folders do, or a column of "
+            "a table: --label-column NAME)"
+        )
     if train.labels.ndim == 2 and not several:
         raise UserError(
             f"{source}: its images have several labels, which eval.transfer alone judges; "
-            "for the others name a column of one label an image (--label-column)"
+            "for the others name a column of one label an image (--label-column NAME)"
         )
     present = present_in(train.labels)
     if len(present) == 0:
@@ -487,7 +490,8 @@ def load_tables(path: Path, tables: list[Path], split: str) -> Any:
         if split != "train":
             raise _NoSplit(f"{path}: no {split!r} among {shown}")
         if any(of_split(path, tables, other) for other in SPLITS):
-            raise UserError(f"{path}: no train among {shown}; give one file, or say --split NAME")
+            way_out = "give one file or, to pretrain, --split NAME"
+            raise UserError(f"{path}: no train among {shown}; {way_out}")
     try:
         if (path / "state.json").exists():
             return datasets.load_from_disk(str(path))

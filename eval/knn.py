@@ -36,6 +36,8 @@ class Settings:
     weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     data: str = ""  # images to judge on; default: those of the run
+    image_column: str | None = None  # of a table with several, if not the run's
+    label_column: str | None = None  # likewise
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     k: tuple[int, ...] = (20, 200)  # neighbours that vote; one result for each
     temperature: tuple[float, ...] = (0.1,)  # T of the votes' weights; one result for each
@@ -206,7 +208,8 @@ def judge(subject: Subject, settings: Settings) -> None:
 def main() -> None:
     settings = cli.check_ranges(tyro.cli(Settings, prog="python -m eval.knn", description=__doc__))
     s = settings
-    for subject in subjects(s.run, s.weights, s.baselines, s.data, s.layer):
+    columns = (s.image_column, s.label_column)
+    for subject in subjects(s.run, s.weights, s.baselines, s.data, s.layer, columns=columns):
         judge(subject, settings)
 
 

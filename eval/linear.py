@@ -43,6 +43,8 @@ class Settings:
     weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     data: str = ""  # images to judge on; default: those of the run
+    image_column: str | None = None  # of a table with several, if not the run's
+    label_column: str | None = None  # likewise
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     protocol: Literal["", "simclr", "moco", "byol", "features"] = ""  # default: the method's
     epochs: int = 0  # default: the protocol's
@@ -339,7 +341,8 @@ def main() -> None:
         tyro.cli(Settings, prog="python -m eval.linear", description=__doc__)
     )
     s = settings
-    for subject in subjects(s.run, s.weights, s.baselines, s.data, s.layer):
+    columns = (s.image_column, s.label_column)
+    for subject in subjects(s.run, s.weights, s.baselines, s.data, s.layer, columns=columns):
         judge(subject, settings)
 
 

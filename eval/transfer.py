@@ -45,6 +45,8 @@ class Settings:
     weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH[=FILE]
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     data: tuple[str, ...] = ("",)  # sources to judge on; default: that of the run
+    image_column: str | None = None  # of a table with several, if not the run's
+    label_column: str | None = None  # likewise
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     metric: Literal["", "top1", "mean-per-class", "map11"] = ""  # default: that of App. D for the
     # source's name; else top1, or map11 where images have several labels
@@ -259,8 +261,9 @@ def main() -> None:
         tyro.cli(Settings, prog="python -m eval.transfer", description=__doc__)
     )
     s = settings
+    columns = (s.image_column, s.label_column)
     for source in s.data:
-        for subject in subjects(s.run, s.weights, s.baselines, source, s.layer, True):
+        for subject in subjects(s.run, s.weights, s.baselines, source, s.layer, True, columns):
             judge(subject, settings)
 
 
