@@ -50,7 +50,8 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 TABLES = (".parquet", ".arrow")
 SPLITS = {  # the names under which people keep a split
     "train": ("train", "training"),
-    "test": ("test", "testing", "validation", "valid", "val"),
+    "test": ("test", "testing"),
+    "validation": ("validation", "valid", "val"),
 }
 MAX_SIDE = 640  # pixels; a longer image is reduced when decoded, so that no batch is mostly padding
 MAX_BAD = 0.05  # share of undecodable images beyond which a source is refused
@@ -177,6 +178,7 @@ class Images:
     classes: tuple[str, ...] = ()
     bad: dict[int, str] = field(default_factory=dict)  # undecodable so far: index to its name
     store: list[Tensor] | Tensor | None = None  # decoded, where that fits in memory
+    digest: str = ""  # of the encoded bytes, once eval/features.py has read them all
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -327,7 +329,7 @@ def open_images(
     label_column: str | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> Images:
-    """Open one split, "train" or "test" (or a split's own name), of `source`.
+    """Open one split, "train", "test" or "validation" (or by its own name), of `source`.
 
     Args:
         classes: the class names that labels are to be numbered by (those of the training split).
@@ -337,6 +339,8 @@ def open_images(
     """
     path = Path(os.path.expanduser(source))
     if source == "demo":
+        if split not in ("train", "test"):
+            raise _NoSplit(f"demo: no split {split!r}; it has train, test")
         pixels, labels = demo.split(split)
         return Images(f"demo {split}", pixels, labels, demo.CLASSES, store=pixels)
     try:
@@ -361,7 +365,7 @@ def open_images(
 def open_train_test(source: str, **columns: Any) -> tuple[Images, Images]:
     """The two splits an evaluation needs, labelled alike.
 
-    A labelled source without a test split has every fifth image held out, and says so in its name.
+    A labelled source without a test split has a fifth held out, and says so in its name.
 
     Raises:
         UserError: as `open_labelled`.
@@ -371,7 +375,22 @@ def open_train_test(source: str, **columns: Any) -> tuple[Images, Images]:
 
 
 def hold_out_fifth(train: Images) -> tuple[Images, Images]:
-    held_out = torch.arange(len(train)) % 5 == 4
+    """Every fifth image of the classes one after the other, so of each class about a fifth.
+
+    No class is lost to training: the only image of one is kept. At least one image is held out.
+
+    Raises:
+        UserError: there is one image of each class.
+    """
+    assert train.labels is not None
+    order = torch.arange(len(train))
+    if train.labels.ndim == 1:  # of several labels there is no such order
+        order = train.labels.argsort(stable=True)
+        order = order[train.labels.bincount()[train.labels[order]] > 1]
+    if len(order) < 2:
+        raise UserError(f"{train.name}: one image of each class; none can be held out to test on")
+    held_out = torch.zeros(len(train), dtype=torch.bool)
+    held_out[order[4::5] if len(order) > 4 else order[-1:]] = True
     return take(train, ~held_out, "4/5 of train"), take(train, held_out, "1/5 of train")
 
 
@@ -379,6 +398,8 @@ def open_labelled(
     source: str, *, several: bool = False, **columns: Any
 ) -> tuple[Images, Images | None]:
     """The training split and the test split, labelled alike; None where there is no test split.
+
+    Validation is the test split of a source whose test split is missing or has no labels.
 
     Args:
         several: whether an image may have several labels.
@@ -389,11 +410,14 @@ def open_labelled(
     """
     train = open_images(source, "train", **columns)
     if train.labels is None:
-        raise UserError(f"{source}: has no labels; an evaluation needs them (class folders do)")
+        raise UserError(
+            f"{source}: has no labels; an evaluation needs them (class folders do, or a column of "
+            "a table: --label-column NAME)"
+        )
     if train.labels.ndim == 2 and not several:
         raise UserError(
             f"{source}: its images have several labels, which eval.transfer alone judges; "
-            "for the others name a column of one label an image (--label-column)"
+            "for the others name a column of one label an image (--label-column NAME)"
         )
     present = present_in(train.labels)
     if len(present) == 0:
@@ -402,7 +426,7 @@ def open_labelled(
         only = train.classes[present[0]]
         raise UserError(f"{source}: one class only ({only}); nothing to tell apart")
     test = None
-    for split in ("test", "validation", "val"):  # ImageNet's test split has no labels
+    for split in ("test", "validation"):  # ImageNet's test split has no labels
         with contextlib.suppress(_NoSplit):
             test = open_images(source, split, classes=train.classes, **columns)
             if test.labels is not None:
@@ -423,7 +447,7 @@ def present_in(labels: Tensor) -> list[int]:
 
 
 def open_validation(source: str, classes: tuple[str, ...], **columns: Any) -> Images | None:
-    """The labelled validation split of a source that has a test split as well, else None."""
+    """The labelled validation split; None where `open_labelled` takes it for the test split."""
     try:
         test = open_images(source, "test", classes=classes, **columns)
         validation = open_images(source, "validation", classes=classes, **columns)
@@ -466,7 +490,8 @@ def load_tables(path: Path, tables: list[Path], split: str) -> Any:
         if split != "train":
             raise _NoSplit(f"{path}: no {split!r} among {shown}")
         if any(of_split(path, tables, other) for other in SPLITS):
-            raise UserError(f"{path}: no train among {shown}; give one file, or say --split NAME")
+            way_out = "give one file or, to pretrain, --split NAME"
+            raise UserError(f"{path}: no train among {shown}; {way_out}")
     try:
         if (path / "state.json").exists():
             return datasets.load_from_disk(str(path))

@@ -83,13 +83,14 @@ def explained(error: BaseException) -> str | None:
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if memory or "can't allocate memory" in text or "Cannot allocate memory" in text:
         return (
-            "out of memory: try a smaller --batch-size, --precision bf16, gradient caching "
-            "(SimCLR: --cache-chunk) or parts of a batch (BYOL: --accumulate), and another --out"
+            "out of memory: try a smaller --batch-size, if the command has it; pretraining also "
+            "has --precision bf16, gradient caching (SimCLR: --cache-chunk) and parts of a batch "
+            "(BYOL: --accumulate), and any change there needs another --out"
         )
     if "DataLoader worker" in text:
         return (
-            "a decoding worker was killed, usually for want of memory: fewer --workers take less; "
-            f"{AGAIN}"
+            "a decoding worker was killed, usually for want of memory: free some (in pretraining, "
+            f"fewer --workers take less); {AGAIN}"
         )
     if isinstance(error, dist.DistBackendError) or (
         isinstance(error, RuntimeError) and any(words in text for words in CUT)
@@ -98,7 +99,7 @@ def explained(error: BaseException) -> str | None:
     return None
 
 
-AGAIN = "the same command goes on from the last checkpoint"
+AGAIN = "the same command goes on from what it kept last"
 
 
 def _lost(patience: float = 2) -> str:

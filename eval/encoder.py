@@ -39,8 +39,8 @@ class Input:
 
     @staticmethod
     def of(size: int, **other: Any) -> "Input":
-        """CIFAR's 32 px images are not cropped (SimCLR's data.py:154-158), all others are."""
-        return Input(size, crop=1.0 if size == 32 else 0.875, **other)
+        """Up to 32 px, as CIFAR's, nothing is cropped (SimCLR's data.py:154-158); above it is."""
+        return Input(size, crop=1.0 if size <= 32 else 0.875, **other)
 
 
 @dataclass

@@ -36,6 +36,8 @@ class Settings:
     weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     data: str = ""  # images to judge on; default: those of the run
+    image_column: str | None = None  # of a table with several, if not the run's
+    label_column: str | None = None  # likewise
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     k: tuple[int, ...] = (20, 200)  # neighbours that vote; one result for each
     temperature: tuple[float, ...] = (0.1,)  # T of the votes' weights; one result for each
@@ -54,7 +56,7 @@ def predict(
     """Classes of `queries`, (Q, F), by the `k` nearest of `bank`, (N, F), with `labels` (N,).
 
     Returns:
-        (Q, classes) classes from most to least likely, and the (Q, classes) scores.
+        (Q, classes) classes from most to least likely, and their (Q, classes) shares of the votes.
     """
     similarity, index = nearest(queries, bank, k, chunk=chunk)
     return vote(similarity, labels[index], classes, temperature)
@@ -111,10 +113,14 @@ def nearest(
 def vote(
     similarity: Tensor, labels: Tensor, classes: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Ranking and scores, (Q, classes), from the neighbours' (Q, k) similarities and labels."""
-    votes = torch.exp(similarity / temperature)
-    scores = votes.new_zeros(len(votes), classes).scatter_add_(1, labels, votes)
-    return scores.argsort(dim=1, descending=True, stable=True), scores
+    """Ranking and shares of the votes, (Q, classes), from the neighbours' (Q, k) similarities and
+    labels.
+
+    In float64, and as shares, which no temperature makes overflow.
+    """
+    votes = (similarity.double() / temperature).softmax(1)
+    shares = votes.new_zeros(len(votes), classes).scatter_add_(1, labels, votes)
+    return shares.argsort(dim=1, descending=True, stable=True), shares
 
 
 def accuracy(ranking: Tensor, labels: Tensor, top: int = 1) -> float:
@@ -188,7 +194,7 @@ def judge(subject: Subject, settings: Settings) -> None:
             subject,
             f"knn{k}{other}{subject.encoder.suffix}",
             top1=top1,
-            counts=(len(train), len(train if test is None else test)),
+            counts=(len(bank), len(truth)),  # without undecodable images
             top5=accuracy(ranking, truth, 5) if len(train.classes) > 5 else None,
             interval=confidence(top1, len(truth)),
             k=k,
@@ -202,7 +208,8 @@ def judge(subject: Subject, settings: Settings) -> None:
 def main() -> None:
     settings = cli.check_ranges(tyro.cli(Settings, prog="python -m eval.knn", description=__doc__))
     s = settings
-    for subject in subjects(s.run, s.weights, s.baselines, s.data, s.layer):
+    columns = (s.image_column, s.label_column)
+    for subject in subjects(s.run, s.weights, s.baselines, s.data, s.layer, columns=columns):
         judge(subject, settings)
 
 

@@ -43,6 +43,8 @@ class Settings:
     weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     data: str = ""  # images to judge on; default: those of the run
+    image_column: str | None = None  # of a table with several, if not the run's
+    label_column: str | None = None  # likewise
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     protocol: Literal["", "simclr", "moco", "byol", "features"] = ""  # default: the method's
     epochs: int = 0  # default: the protocol's
@@ -97,10 +99,14 @@ PROTOCOLS = {"simclr": SIMCLR, "moco": MOCO, "byol": BYOL, "features": FEATURES}
 
 
 def protocol_of(subject: Subject, settings: Settings) -> Protocol:
-    """The protocol asked for, or that of the run's method; pixels have no network to go through."""
-    name = settings.protocol or subject.encoder.about.get("method", "features")
-    paper = FEATURES if subject.encoder.name == "pixels" else PROTOCOLS[name]
-    if paper is SIMCLR and subject.encoder.input.size == 32:
+    """The protocol asked for, or that of the run's method; `features` where that has none.
+
+    Pixels have no network to go through.
+    """
+    name = settings.protocol or subject.encoder.about.get("method", "")
+    pixels = subject.encoder.name == "pixels"
+    paper = FEATURES if pixels else PROTOCOLS.get(name, FEATURES)
+    if paper is SIMCLR and subject.encoder.input.size <= 32:
         paper = SIMCLR_CIFAR
     return replace(
         paper,
@@ -153,11 +159,17 @@ class Probe:
 
 
 def hold_out(count: int, protocol: Protocol, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and indices to choose the rate on: a tenth, at most 10,000, if needed."""
+    """Indices to train on and indices to choose the rate on: a tenth, at most 10,000, if needed.
+
+    Raises:
+        UserError: it is needed, and there is one image only.
+    """
     if len(protocol.rates) == 1:
         return torch.arange(count), torch.arange(0)
+    if count < 2:
+        raise cli.UserError("one training image: none is left to choose the learning rate on")
     order = torch.randperm(count, generator=generator(seed, "held out"))
-    size = min(count // 10, 10_000)  # arXiv 2006.07733 App. C.1 holds out 10,009 of ImageNet
+    size = max(1, min(count // 10, 10_000))  # arXiv 2006.07733 App. C.1: 10,009 of ImageNet
     return order[size:].sort().values, order[:size].sort().values
 
 
@@ -313,6 +325,7 @@ def judge(subject: Subject, settings: Settings) -> None:
         name,
         top1=top1,
         top5=accuracy(ranking, truth, 5) if ranking.shape[1] > 5 else None,
+        counts=(len(subject.splits()[0]), len(truth)),  # judged on: without undecodable images
         interval=confidence(top1, len(truth)),
         lr=round(rate, 6),
         probe_epochs=protocol.epochs,
@@ -328,7 +341,8 @@ def main() -> None:
         tyro.cli(Settings, prog="python -m eval.linear", description=__doc__)
     )
     s = settings
-    for subject in subjects(s.run, s.weights, s.baselines, s.data, s.layer):
+    columns = (s.image_column, s.label_column)
+    for subject in subjects(s.run, s.weights, s.baselines, s.data, s.layer, columns=columns):
         judge(subject, settings)
 
 

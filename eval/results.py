@@ -71,8 +71,12 @@ def subjects(
     data: str,
     layer: int = 0,
     several: bool = False,
+    columns: Sequence[str | None] = (None, None),
 ) -> Iterator[Subject]:
     """What a command was asked to judge: the run (or `weights` in its place), then the baselines.
+
+    Args:
+        columns: `COLUMNS` of the source; None: the run's if the source is, else found by its type.
 
     Raises:
         UserError: no run and no weights; no data for weights without a run.
@@ -84,11 +88,14 @@ def subjects(
     if not source:
         raise UserError("say on which images to judge: --data SOURCE")
     same = source == config.get("data")
-    columns = {key: config.get(key) if same else None for key in COLUMNS}
+    named = {
+        key: column or (config.get(key) if same else None)
+        for key, column in zip(COLUMNS, columns, strict=True)
+    }
     splits = opened = None
     for encoder in encoders:
         where = folder / "results" if folder else None
-        subject = Subject(encoder, source, columns, where, config, several=several)
+        subject = Subject(encoder, source, named, where, config, several=several)
         subject.cache = folder / "features" if folder else None
         subject._splits, subject._opened = splits, opened  # decoded once for all
         yield subject
@@ -132,6 +139,7 @@ def record(
         "top1": round(top1, 3),
         **{key: value for key, value in values.items() if value is not None},
         "data": subject.source,
+        **{key: column for key, column in subject.columns.items() if column},
         "train_images": trained,
         "test_images": judged,
         "method": about.get("method"),
@@ -164,7 +172,11 @@ def measure_of(protocol: str) -> str:
 
 def name_of_record(subject: Subject, protocol: str) -> str:
     """The name of a judgement's file, without its ending."""
-    other = "" if subject.source == subject.config.get("data") else f"-on-{subject.source}"
+    same = subject.source == subject.config.get("data")
+    other = "" if same else f"-on-{subject.source}"
+    for key, column in subject.columns.items():
+        if column != (subject.config.get(key) if same else None):
+            other += f"-{column}"  # other labels, or other images
     return file_name(f"{protocol}-{subject.encoder.name}{other}")
 
 

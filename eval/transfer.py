@@ -45,6 +45,8 @@ class Settings:
     weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH[=FILE]
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     data: tuple[str, ...] = ("",)  # sources to judge on; default: that of the run
+    image_column: str | None = None  # of a table with several, if not the run's
+    label_column: str | None = None  # likewise
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     metric: Literal["", "top1", "mean-per-class", "map11"] = ""  # default: that of App. D for the
     # source's name; else top1, or map11 where images have several labels
@@ -139,6 +141,7 @@ def mean_per_class(scores: Tensor, labels: Tensor) -> float:
 def map11(scores: Tensor, labels: Tensor) -> float:
     """The mean over the classes present of VOC 2007's average precision; labels: (N, C) bool.
 
+    0 where no class is present, as may be in a few images held out or drawn.
     That of a class is the mean, over the recalls 0, 0.1, ..., 1, of the best precision at that
     recall or a higher one.
     """
@@ -150,7 +153,7 @@ def map11(scores: Tensor, labels: Tensor) -> float:
             reached = (10 * hits / hits[-1] + 1e-9).floor()  # recall in tenths: 3 of 10 reach 0.3
             best = [precision[reached >= tenth].max() for tenth in range(11)]
             precisions.append(torch.stack(best).mean().item())
-    return 100 * sum(precisions) / len(precisions)
+    return 100 * sum(precisions) / max(1, len(precisions))
 
 
 Measure = Callable[[Tensor, Tensor], float]
@@ -201,8 +204,11 @@ def judge(subject: Subject, settings: Settings) -> None:
     own = open_validation(subject.source, train.classes, **subject.columns)
     if own is None:
         order = torch.randperm(len(bank), generator=generator(settings.seed, "transfer"))
-        order = order.roll(-(len(bank) // 5))  # what is held out stands last
-        both, names, count = bank[order], labels[order], len(bank) - len(bank) // 5
+        count = len(bank) - max(1, len(bank) // 5)
+        if count < 1:
+            raise cli.UserError(f"{train.name}: one image; none is left to choose the value on")
+        order = order.roll(count - len(bank))  # what is held out stands last
+        both, names = bank[order], labels[order]
     else:
         chosen_on, chosen = subject.extract(own, given)
         both, names, count = torch.cat([bank, chosen_on]), torch.cat([labels, chosen]), len(bank)
@@ -255,8 +261,9 @@ def main() -> None:
         tyro.cli(Settings, prog="python -m eval.transfer", description=__doc__)
     )
     s = settings
+    columns = (s.image_column, s.label_column)
     for source in s.data:
-        for subject in subjects(s.run, s.weights, s.baselines, source, s.layer, True):
+        for subject in subjects(s.run, s.weights, s.baselines, source, s.layer, True, columns):
             judge(subject, settings)
 
 

@@ -26,6 +26,7 @@ from common.data import (
     open_images,
     open_labelled,
     open_train_test,
+    open_validation,
 )
 
 REAL = Path(os.environ.get("SSL_DATA", Path(__file__).parents[2] / "../shared/data"))
@@ -118,6 +119,25 @@ def test_test_comes_before_validation(tmp_path):
             write(tmp_path / name / "ab"[i % 2] / f"{i}.png")
     assert [len(part) for part in open_train_test(str(tmp_path))] == [2, 4]
     assert len(open_images(str(tmp_path), "validation")) == 3
+    assert len(open_validation(str(tmp_path), ("a", "b"))) == 3
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val"])
+def test_validation_is_not_test_as_well(tmp_path, name):
+    for split, count in (("train", 2), (name, 4)):
+        for i in range(count):
+            write(tmp_path / split / "ab"[i % 2] / f"{i}.png")
+    train, test = open_train_test(str(tmp_path))
+    assert len(test) == 4 and open_validation(str(tmp_path), train.classes) is None
+    write(tmp_path / "test" / "a" / "0.png")
+    assert len(open_train_test(str(tmp_path))[1]) == 1
+    assert len(open_validation(str(tmp_path), train.classes)) == 4
+
+
+def test_the_demo_has_no_validation_split():
+    train, test = open_train_test("demo")
+    assert (len(train), len(test)) == (5120, 2000)
+    assert open_validation("demo", train.classes) is None
 
 
 def test_without_a_test_folder_every_fifth_image_is_held_out(tmp_path):
@@ -128,6 +148,35 @@ def test_without_a_test_folder_every_fifth_image_is_held_out(tmp_path):
     assert [Path(p).stem for p in train.encoded] == list("01235678")
     assert test.labels.tolist() == [0, 1] and train.labels.tolist() == [0] * 4 + [1] * 4
     assert "1/5 of train" in test.name and "4/5 of train" in train.name
+
+
+def labelled(labels):
+    count, classes = len(labels), tuple("abcdefgh"[: max(labels) + 1])
+    return Images("x", torch.arange(count), torch.tensor(labels), classes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "held_out"),
+    [
+        ([i % 5 for i in range(25)], [20, 21, 22, 23, 24]),  # not all of class 4
+        ([0, 1, 0, 0, 2, 0, 0], [6]),  # the fifth of class 0; 1 and 2 have one image each
+        ([0, 1] * 5, [8, 9]),
+        ([0, 0, 1], [1]),  # fewer than five
+        ([0, 0, 1, 1, 2, 2, 3, 3], [4]),  # fewer than five of each class
+    ],
+)
+def test_a_fifth_of_each_class_is_held_out(labels, held_out):
+    train, test = hold_out_fifth(labelled(labels))
+    assert [int(i) for i in test.encoded] == held_out
+    assert len(train) + len(test) == len(labels)
+    assert set(train.labels.tolist()) == set(labels)
+
+
+def test_where_no_image_can_be_held_out():
+    with pytest.raises(UserError, match="x: one image of each class"):
+        hold_out_fifth(labelled([0, 1, 2]))
+    with pytest.raises(UserError, match="none can be held out"):
+        hold_out_fifth(Images("x", torch.arange(1), torch.ones(1, 2, dtype=torch.bool)))
 
 
 def test_a_test_folder_without_a_train_folder_is_refused(tmp_path):
@@ -304,7 +353,9 @@ def test_a_test_split_without_labels_gives_way_to_validation(tmp_path, hidden):
         open_train_test(str(tmp_path))
     four = {"image": ENCODED[:4], "label": LABELS[:4]}
     parquet(tmp_path / "data" / "validation-0.parquet", four, label=kind)
-    assert [len(part) for part in open_train_test(str(tmp_path))] == [6, 4]
+    train, test = open_train_test(str(tmp_path))
+    assert (len(train), len(test)) == (6, 4)
+    assert open_validation(str(tmp_path), train.classes) is None  # it is the test split
 
 
 def test_shards_and_splits_of_a_folder_of_tables(tmp_path):
@@ -429,6 +480,7 @@ def test_the_hub_path_on_local_files(monkeypatch, held, second):
     monkeypatch.setattr(datasets, "load_dataset", lambda source, split: parts[split])
     train, test = open_train_test("owner/name")
     assert len(test) == second and len(train) + (second == 1) == 6
+    assert open_validation("owner/name", train.classes) is None
     with pytest.raises(UserError, match="no split 'extra'; it has train"):
         open_images("owner/name", "extra")
 

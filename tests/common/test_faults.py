@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -33,6 +34,10 @@ def error_of(log):
     return line
 
 
+def flags_in(line):
+    return re.findall(r"--[a-z-]+", line)
+
+
 # ---- one line ------------------------------------------------------------------------------------
 
 
@@ -41,7 +46,12 @@ def test_memory():
         torch.empty(1 << 60)
     for error in (caught.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
         line = faults.explained(error)
-        assert line and "--batch-size" in line and "--accumulate" in line and "\n" not in line
+        assert line and "\n" not in line
+        everywhere, pretraining = line.split("pretraining also has")
+        assert flags_in(everywhere) == ["--batch-size"]
+        assert flags_in(pretraining) == [
+            "--precision", "--cache-chunk", "--accumulate", "--out",
+        ]  # fmt: skip
 
 
 class Deadly(torch.utils.data.Dataset):
@@ -55,7 +65,9 @@ class Deadly(torch.utils.data.Dataset):
 def test_a_killed_worker():
     with pytest.raises(RuntimeError) as caught:
         next(iter(DataLoader(Deadly(), num_workers=1)))
-    assert "a decoding worker was killed" in faults.explained(caught.value)
+    line = faults.explained(caught.value)
+    assert "a decoding worker was killed" in line and flags_in(line) == ["--workers"]
+    assert "in pretraining, fewer --workers" in line  # no evaluation has it
 
 
 def test_a_full_disk_and_what_is_no_fault():

@@ -52,7 +52,7 @@ def test_stems():
 
 
 def test_input_of_cifar_is_not_cropped():
-    assert Input.of(32).crop == 1.0 and Input.of(224).crop == 0.875
+    assert [Input.of(size).crop for size in (24, 32, 33, 224)] == [1.0, 1.0, 0.875, 0.875]
 
 
 def test_baselines_of_a_run(tmp_path):

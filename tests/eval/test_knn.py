@@ -8,13 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.data import Images
-from eval.encoder import Input
-from eval.knn import Monitor, accuracy, nearest, predict, thin
+from common.run import read_json
+from eval.encoder import Encoder, Input
+from eval.knn import Monitor, Settings, accuracy, judge, nearest, predict, thin, vote
+from eval.results import Subject, confidence
 from tests.helpers import golden
 
 
-def slow_scores(queries, bank, labels, classes, k, temperature):
-    """The definition in Python floats: cosine, the k largest, exp(s / T) for their classes."""
+def slow_shares(queries, bank, labels, classes, k, temperature):
+    """The definition in Python floats: cosine, the k largest, exp(s / T) for their classes, as
+    shares of the sum."""
     rows = []
     for query in queries.double().tolist():
         similarities = []
@@ -25,7 +28,7 @@ def slow_scores(queries, bank, labels, classes, k, temperature):
         scores = [0.0] * classes
         for i in nearest:
             scores[labels[i]] += math.exp(similarities[i] / temperature)
-        rows.append(scores)
+        rows.append([score / sum(scores) for score in scores])
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -33,27 +36,45 @@ def some(seed, count, width):
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).double()
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (7, 0.07), (20, 1.0), (500, 0.1)])
+@pytest.mark.parametrize(
+    ("k", "temperature"), [(1, 0.1), (7, 0.07), (20, 1.0), (500, 0.1), (20, 0.01), (60, 0.003)]
+)
 def test_against_a_slow_loop(k, temperature):
     queries, bank = some(1, 9, 6) * 3, some(2, 60, 6)
     labels = torch.arange(60) % 5
     settings = {"classes": 5, "k": k, "temperature": temperature}
-    ranking, scores = predict(queries, bank, labels, **settings)
-    expected = slow_scores(queries, bank, labels.tolist(), 5, min(k, 60), temperature)
-    assert torch.allclose(scores, expected, rtol=1e-12, atol=0)
+    ranking, shares = predict(queries, bank, labels, **settings)
+    expected = slow_shares(queries, bank, labels.tolist(), 5, min(k, 60), temperature)
+    assert torch.allclose(shares, expected, rtol=1e-11, atol=0)
     assert torch.equal(ranking[:, 0], expected.argmax(1))
     assert torch.equal(ranking.sort(1).values, torch.arange(5).expand(9, 5))
-    in_order = scores.gather(1, ranking)
+    in_order = shares.gather(1, ranking)
     assert (in_order[:, :-1] >= in_order[:, 1:]).all()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.01, 0.003, 1e-6])
+def test_no_temperature_overflows(temperature):
+    """exp(1 / 0.01) is beyond float32, in which the similarities are.
+
+    Two near neighbours of class 2 outvote the nearest, of class 0, but not at the coldest, where
+    nothing is left of the others' votes.
+    """
+    similarity = torch.tensor([[0.999, 0.998, 0.998, 0.3, -0.4, -0.5]])
+    ranking, shares = vote(similarity, torch.tensor([[0, 2, 2, 1, 3, 4]]), 5, temperature)
+    assert shares.sum().item() == pytest.approx(1)
+    if temperature == 1e-6:
+        assert ranking[0, 0] == 0
+    else:
+        assert ranking.tolist() == [[2, 0, 1, 3, 4]]
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 9, 1000])
 def test_chunks_do_not_matter(chunk):
     queries, bank, labels = some(1, 9, 6), some(2, 60, 6), torch.arange(60) % 5
     settings = {"classes": 5, "k": 7, "temperature": 0.1}
-    ranking, scores = predict(queries, bank, labels, **settings, chunk=chunk)
+    ranking, shares = predict(queries, bank, labels, **settings, chunk=chunk)
     expected_ranking, expected = predict(queries, bank, labels, **settings)
-    assert torch.allclose(scores, expected, rtol=1e-12, atol=0)
+    assert torch.allclose(shares, expected, rtol=1e-12, atol=0)
     assert torch.equal(ranking, expected_ranking)
 
 
@@ -84,7 +105,7 @@ def test_against_the_official_notebook():
             name: torch.tensor(recorded[f"knn/{case}/{name}"])
             for name in ("feature", "bank", "labels", "classes", "k", "t", "pred_labels")
         }
-        ranking, scores = predict(
+        ranking, shares = predict(
             given["feature"],
             given["bank"].T,
             given["labels"],
@@ -93,7 +114,8 @@ def test_against_the_official_notebook():
             temperature=float(given["t"]),
         )
         expected = torch.tensor(recorded[f"knn/{case}/scores_f64"])
-        assert torch.allclose(scores.double(), expected, rtol=1e-5, atol=0)
+        expected = expected / expected.sum(1, keepdim=True)  # the notebook's are sums of votes
+        assert torch.allclose(shares, expected, rtol=1e-5, atol=0)
         in_order = expected.gather(1, given["pred_labels"])
         voted = in_order > 0  # the order of classes without a vote means nothing
         assert voted[:, 0].all()
@@ -133,6 +155,20 @@ def test_the_monitor_leaves_the_encoder_as_it_was(monkeypatch):
     assert monitor(encoder, "cpu") == 100.0
     assert encoder.training
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_only_images_that_are_judged_are_counted(tmp_path, left_out):
+    train, test = (coloured(count) for count in (90, 30))
+    for images in (train, test):
+        images.encoded, images.store = ["nowhere.png", *images.encoded[1:]], None
+    encoder = Encoder(Mean().eval(), Input(16), "encoder")
+    opened = (train, None if left_out else test)
+    subject = Subject(encoder, "x", {}, tmp_path, {"data": "x"}, "cpu", _opened=opened)
+    judge(subject, Settings(k=(5,)))
+    row = read_json(tmp_path / "knn5-encoder.json")
+    assert (row["train_images"], row["test_images"]) == (89, 89 if left_out else 29)
+    assert row["top1"] == 100.0 and row["interval"] == confidence(100.0, row["test_images"])
 
 
 def test_thinning_keeps_images_and_labels_together():

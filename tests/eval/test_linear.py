@@ -16,7 +16,7 @@ from eval import linear
 from eval.encoder import Encoder, Input
 from eval.features import fingerprint
 from eval.linear import BYOL, FEATURES, MOCO, PROTOCOLS, SIMCLR, SIMCLR_CIFAR, Probe, Settings
-from eval.results import Subject
+from eval.results import Subject, confidence
 from eval.unfinished import Unfinished
 from tests.eval.stopping import again, assert_same_records
 
@@ -158,6 +158,10 @@ def test_the_rate_is_chosen_on_images_that_are_not_trained_on():
     assert torch.equal(torch.cat([kept, held_out]).sort().values, torch.arange(205))
     used = torch.cat(list(linear.orders(kept, replace(BYOL, batch_size=37, epochs=4), 1)))
     assert not torch.isin(used, held_out).any()
+    kept, held_out = linear.hold_out(2, BYOL, seed=1)
+    assert len(kept) == len(held_out) == 1
+    with pytest.raises(cli.UserError, match="one training image"):
+        linear.hold_out(1, BYOL, seed=1)
     kept, held_out = linear.hold_out(205, SIMCLR, seed=1)
     assert len(kept) == 205 and len(held_out) == 0  # one rate: nothing to choose
 
@@ -192,10 +196,11 @@ def coloured(count):
     return Images("coloured", pixels.byte(), labels, ("r", "g", "b"), store=pixels.byte())
 
 
-def subject_of(network, tmp_path, method="simclr"):
+def subject_of(network, tmp_path, method="simclr", counts=(120, 30)):
     config = {"data": "x", "batch_size": 8, "seed": 1}
     encoder = Encoder(network, Input(12, crop=1.0), "encoder", {"method": method})
-    return Subject(encoder, "x", {}, tmp_path, config, "cpu", (coloured(120), coloured(30)))
+    train, test = map(coloured, counts)
+    return Subject(encoder, "x", {}, tmp_path, config, "cpu", (train, test))
 
 
 @pytest.mark.parametrize("protocol", ["simclr", "moco", "byol", "features"])
@@ -211,18 +216,42 @@ def test_every_protocol_reaches_what_can_be_reached(tmp_path, protocol):
     assert min(abs(row["lr"] - rate) for rate in rates) < 1e-6
 
 
+@pytest.mark.parametrize("protocol", ["simclr", "moco", "byol", "features"])
+@pytest.mark.parametrize("count", [2, 9])
+def test_a_few_images(tmp_path, protocol, count):
+    subject = subject_of(Network().eval(), tmp_path, counts=(count, 3))
+    linear.judge(subject, Settings(protocol=protocol, epochs=2))
+    row = read_json(tmp_path / f"linear-{protocol}-encoder.json")
+    assert 0 <= row["top1"] <= 100 and row["train_images"] == count
+    assert row["probe_batch_size"] == count - (protocol in ("byol", "features"))
+
+
 @pytest.mark.parametrize(("method", "name"), [("moco", "moco"), ("byol", "byol")])
 def test_the_protocol_is_the_methods_unless_said(tmp_path, method, name):
     subject = subject_of(Network().eval(), tmp_path, method)
     assert linear.protocol_of(subject, Settings()) == PROTOCOLS[name]
     assert linear.protocol_of(subject, Settings(protocol="features")) == FEATURES
+    subject.encoder.about["method"] = "dino"  # of no protocol here
+    assert linear.protocol_of(subject, Settings()) == FEATURES
+    assert linear.protocol_of(subject, Settings(protocol=name)) == PROTOCOLS[name]
     subject = subject_of(Network().eval(), tmp_path, "simclr")
-    subject.encoder.input = Input(32)
-    assert linear.protocol_of(subject, Settings()) == SIMCLR_CIFAR
-    subject.encoder.input = Input(224)
-    assert linear.protocol_of(subject, Settings()) == SIMCLR
+    for size, paper in ((24, SIMCLR_CIFAR), (32, SIMCLR_CIFAR), (33, SIMCLR), (224, SIMCLR)):
+        subject.encoder.input = Input(size)
+        assert linear.protocol_of(subject, Settings()) == paper
     subject.encoder.name = "pixels"
     assert linear.protocol_of(subject, Settings()) == FEATURES
+
+
+@pytest.mark.parametrize("protocol", ["simclr", "features"])
+def test_only_images_that_are_judged_are_counted(tmp_path, protocol):
+    subject = subject_of(Network().eval(), tmp_path)
+    test = coloured(30)
+    test.encoded, test.store = ["nowhere.png", *test.encoded[1:]], None
+    subject._splits = (subject.splits()[0], test)
+    linear.judge(subject, Settings(protocol=protocol, epochs=1, batch_size=16))
+    row = read_json(tmp_path / f"linear-{protocol}-encoder.json")
+    assert (row["train_images"], row["test_images"]) == (120, 29)
+    assert row["interval"] == pytest.approx(confidence(row["top1"], 29), abs=1e-3)
 
 
 def test_the_same_seed_gives_the_same_answer(tmp_path):

@@ -64,6 +64,29 @@ def coloured(count):
     return Images("coloured", pixels.byte(), labels, ("r", "g", "b"), store=pixels.byte())
 
 
+@pytest.mark.parametrize(("counts", "several"), [((2, 1), 0), ((4, 3), 0), ((2, 1), 1)])
+def test_a_few_images(tmp_path, monkeypatch, counts, several):
+    monkeypatch.setattr(transfer, "open_validation", lambda source, classes: None)
+    splits = tuple(map(coloured, counts))
+    for images in splits if several else ():
+        images.labels = torch.zeros(len(images), 3, dtype=torch.bool)
+        images.labels[0, 0] = True
+    encoder = Encoder(Mean().eval(), Input(12), "encoder", {"method": "simclr"})
+    transfer.judge(Subject(encoder, "x", {}, tmp_path, {"data": "x"}, "cpu", splits), Settings())
+    (path,) = tmp_path.iterdir()
+    row = read_json(path)
+    assert 0 <= row["top1"] <= 100 and (row["train_images"], row["test_images"]) == counts
+
+
+def test_one_image_is_too_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "open_validation", lambda source, classes: None)
+    encoder = Encoder(Mean().eval(), Input(12), "encoder", {"method": "simclr"})
+    splits = (coloured(1), coloured(3))
+    subject = Subject(encoder, "x", {}, tmp_path, {"data": "x"}, "cpu", splits)
+    with pytest.raises(UserError, match="coloured: one image; none is left"):
+        transfer.judge(subject, Settings())
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_a_judgement(tmp_path, monkeypatch, own):
     validation = coloured(24) if own else None

@@ -1,0 +1,88 @@
+"""Tables whose columns have names of their own: what each command is told of them."""
+
+import io
+import json
+import sys
+
+import datasets
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+import eval.knn
+import eval.linear
+import eval.transfer
+from common.cli import UserError
+from common.run import read_json
+from eval.encoder import Input, build_seeded, metadata
+
+COMMANDS = {
+    "knn3": (eval.knn.main, "--k", "3"),
+    "linear-features": (eval.linear.main, "--protocol", "features", "--epochs", "1"),
+    "transfer-linear": (eval.transfer.main, "--iterations", "2"),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Two columns of images and two of labels, none of a usual name."""
+    folder = tmp_path_factory.mktemp("table")
+    for split, count in (("train", 30), ("test", 12)):
+        rows: dict = {"photo": [], "mask": [], "kind": [], "shade": []}
+        for i in range(count):
+            for column, place in (("photo", i % 3), ("mask", i % 2)):
+                colour, file = [10 + i] * 3, io.BytesIO()
+                colour[place] = 200
+                Image.new("RGB", (16, 16), tuple(colour)).save(file, "PNG")
+                rows[column].append({"bytes": file.getvalue(), "path": None})
+            rows["kind"].append("abc"[i % 3])
+            rows["shade"].append("xy"[i % 2])
+        images, texts = datasets.Image(), datasets.Value("string")
+        kinds = {"photo": images, "mask": images, "kind": texts, "shade": texts}
+        table = datasets.Dataset.from_dict(rows, datasets.Features(kinds))
+        table.to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """A command on a run of the given config, to the records by their names."""
+    network = build_seeded({"arch": "demo", "stem": "imagenet"})
+    about = metadata("demo", "imagenet", Input.of(16), "") | {"method": "simclr"}
+    said = {key: json.dumps(value) for key, value in about.items()}
+    save_file(network.state_dict(), tmp_path / "encoder.safetensors", said)
+
+    def call(config, protocol, *argv):
+        (tmp_path / "config.json").write_text(json.dumps({"config": config}))
+        main, *flags = COMMANDS[protocol]
+        monkeypatch.setattr(sys, "argv", ["prog", str(tmp_path), *flags, *argv])
+        main()
+        return {path.stem: read_json(path) for path in (tmp_path / "results").iterdir()}
+
+    return call
+
+
+@pytest.mark.parametrize("protocol", COMMANDS)
+def test_columns_of_another_source_are_named(judged, source, protocol):
+    config = {"data": "demo", "image_column": "img", "label_column": "fine"}  # not of this source
+    with pytest.raises(UserError, match=r"\(photo, mask\).*--image-column NAME"):
+        judged(config, protocol, "--data", source)
+    with pytest.raises(UserError, match=r"has no labels.*--label-column NAME"):
+        judged(config, protocol, "--data", source, "--image-column", "photo")
+    columns = ("--image-column", "photo", "--label-column", "kind")
+    ((name, row),) = judged(config, protocol, "--data", source, *columns).items()
+    assert name.startswith(f"{protocol}-encoder-on-") and name.endswith("-photo-kind")
+    assert (row["image_column"], row["label_column"]) == ("photo", "kind")
+    assert (row["train_images"], row["test_images"]) == (30, 12)
+
+
+@pytest.mark.parametrize("protocol", COMMANDS)
+def test_other_columns_of_the_runs_source_have_a_record_of_their_own(judged, source, protocol):
+    config = {"data": source, "image_column": "photo", "label_column": "kind"}
+    (first,) = judged(config, protocol).values()
+    assert (first["image_column"], first["label_column"]) == ("photo", "kind")
+    assert judged(config, protocol, "--label-column", "kind").keys() == {f"{protocol}-encoder"}
+    found = judged(config, protocol, "--image-column", "mask", "--label-column", "shade")
+    assert found.keys() == {f"{protocol}-encoder", f"{protocol}-encoder-mask-shade"}
+    assert found[f"{protocol}-encoder-mask-shade"]["label_column"] == "shade"
+    assert found[f"{protocol}-encoder"]["label_column"] == "kind"
