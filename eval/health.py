@@ -20,7 +20,8 @@ def panel(z1: Tensor, z2: Tensor) -> dict[str, float]:
     - alignment: mean squared distance of positives, 0 to 4; uniformity: log of the mean Gaussian
       potential of all pairs, 0 where all are one point, about -4 when even (arXiv 2005.10242).
     """
-    z1, z2 = (F.normalize(z.double(), dim=1) for z in (z1, z2))
+    here = (z.cpu() if z.device.type == "mps" else z for z in (z1, z2))  # MPS has no float64
+    z1, z2 = (F.normalize(z.double(), dim=1) for z in here)
     both = torch.cat([z1, z2])
     singular = torch.linalg.svdvals(both.nan_to_num())  # it fails on NaN; the others show one
     share = singular / singular.sum()
