@@ -130,6 +130,14 @@ def test_it_is_said_that_the_loss_rises(source, tmp_path, capfd):
     assert "7.427 = 2 log(1 + K)" in said and "RISES" in said and "2 steps" in said
 
 
+def test_milestones_that_are_never_reached_are_pointed_out(source, tmp_path, capsys):
+    for last, said in ((0, False), (2, True)):
+        steps = ("--schedule", "step", "--milestones", last, 3, "--epochs", "0.5")
+        run_main(*flags(source, tmp_path / str(last), *steps, "--knn-every", "0"))
+        line = "the learning rate stays as it is: --milestones 2 3 of --epochs 0.5"
+        assert (line in capsys.readouterr().err) == said
+
+
 def test_checkpoint_holds_everything(whole):
     state = checkpoint(whole, STEPS)["model"]
     expected = MoCo(RECIPES["demo"]).state_dict()
