@@ -63,7 +63,7 @@ def main() -> None:
     monitor = Monitor.of_run(run, given, columns)
 
     chance = chance_loss()
-    run.say(f"loss at chance {chance:.3f} = 2 + 2; low is not good: see health")
+    run.say(f"loss at chance {chance:.3f} = 2 + 2; low is not good: see feature_std")
     losses: list[Tensor] = []
     for step, (view1, view2), last in micro_batches(run.steps(pairs), cfg.accumulate):
         with nullcontext() if last else accelerator.no_sync(online):

@@ -46,5 +46,6 @@ def diagnosis(figures: dict[str, float]) -> str | None:
     return (
         f"COLLAPSE: {what}. Usual causes: a learning rate too high for this batch size or "
         "optimiser, too few steps of warm-up, views without colour distortion, or a network of "
-        "the other branch that gets gradients. See RUN's TensorBoard, `health/`."
+        "the other branch that gets gradients. In RUN's TensorBoard: feature_std, effective_rank, "
+        "uniformity."
     )
