@@ -40,6 +40,8 @@ def main() -> None:
     if cfg.schedule == "step" and min(cfg.milestones, default=cfg.epochs) >= cfg.epochs:
         given = f"--milestones {' '.join(map(str, cfg.milestones))} of --epochs {cfg.epochs:g}"
         run.say(f"the learning rate stays as it is: {given}")
+    if cfg.bn_splits == 1:  # Sec. 3.3, "Shuffling BN"
+        run.say("--bn-splits 1: one BatchNorm group, in which shuffled keys hide nothing; try 8")
     run.say(images.load(cfg.memory_gb))
     views = augment.views(cfg)
     pairs = Pairs.of_run(images, views, cfg, accelerator, dtype=dtype, drop_last=True)

@@ -145,6 +145,14 @@ def test_milestones_that_are_never_reached_are_pointed_out(source, tmp_path, cap
         assert (line in capsys.readouterr().err) == said
 
 
+def test_a_shuffle_that_hides_nothing_is_pointed_out(source, tmp_path, capsys):
+    for groups, said in ((2, False), (1, True)):
+        short = ("--bn-splits", groups, "--epochs", "0.1", "--knn-every", "0")
+        run_main(*flags(source, tmp_path / str(groups), *short))
+        line = "--bn-splits 1: one BatchNorm group, in which shuffled keys hide nothing"
+        assert (line in capsys.readouterr().err) == said
+
+
 def test_checkpoint_holds_everything(whole):
     state = checkpoint(whole, STEPS)["model"]
     expected = MoCo(RECIPES["demo"]).state_dict()
