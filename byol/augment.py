@@ -4,16 +4,17 @@ Plain torchvision: usable as it stands in a data loader, one image at a time. To
 operations differ from the official TensorFlow and JAX ones, which is the same for every PyTorch
 port:
 
-- PAPER/CODE: a crop that does not fit is drawn again here (torchvision's law); the code draws one
-  box and clips it to the image, which makes its crops larger and their shapes less varied.
-- PAPER/CODE: bicubic is antialiased here, not there.
-- PAPER/CODE: brightness is a factor here; there, as in the paper, a value added to all pixels.
-- PAPER/CODE: contrast is about the mean of the gray image here, about each channel's mean there;
-  saturation blends with the gray image here, scales S of HSV there.
-- PAPER/CODE: the blur's border is reflected here, black there.
+- A crop that does not fit is drawn again here (torchvision's law); the code draws one box and clips
+  it to the image, which makes its crops larger and their shapes less varied.
+- Bicubic is antialiased here, not there.
+- Brightness is a factor here; there, as in the paper, a value added to all pixels.
+- Contrast is about the mean of the gray image here, about each channel's mean there; saturation
+  blends with the gray image here, scales S of HSV there.
+- The blur's border is reflected here, black there.
 
-The paper normalises each view by mean and standard deviation as the last of its operations; the
-official code does so inside the network.
+PAPER/CODE: the paper normalises each view by mean and standard deviation as the last of its
+operations; the official code does so inside the network. The numbers are the same; we follow the
+paper.
 """
 
 from functools import partial

@@ -39,6 +39,9 @@ def main() -> None:
     cli.check_batch(cfg.batch_size, len(images), accelerator.num_processes)
     check_sizes(cfg, accelerator.num_processes)
     run = Run(cfg, "byol", recipe, accelerator, len(images), total_steps(cfg, len(images)))
+    if cfg.warmup_epochs >= cfg.epochs:
+        given = f"--warmup-epochs {cfg.warmup_epochs:g} of --epochs {cfg.epochs:g}"
+        run.say(f"the learning rate only rises: {given}; try --warmup-epochs {cfg.epochs / 10:g}")
     run.say(images.load(cfg.memory_gb))
     pairs = Pairs.of_run(images, augment.views(cfg), cfg, accelerator, dtype=dtype)
 
@@ -60,7 +63,7 @@ def main() -> None:
     monitor = Monitor.of_run(run, given, columns)
 
     chance = chance_loss()
-    run.say(f"loss at chance {chance:.3f} = 2 + 2; low is not good: see health")
+    run.say(f"loss at chance {chance:.3f} = 2 + 2; low is not good: see feature_std")
     losses: list[Tensor] = []
     for step, (view1, view2), last in micro_batches(run.steps(pairs), cfg.accumulate):
         with nullcontext() if last else accelerator.no_sync(online):

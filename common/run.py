@@ -405,6 +405,8 @@ class Run:
         shown: dict[str, str] = {
             name: f"{row[name]:.3g}" for name in ("loss", "knn") if name in row
         }
+        if row.get("queue_fill", 1.0) < 1:  # MoCo: why the loss still rises
+            shown["queue"] = f"{row['queue_fill']:.0%}"
         if self._timings:
             shown["waiting"] = f"{self._timings['data_wait']:.0%}"
             shown["memory"] = f"{self._timings['peak_memory_gb']:.1f}GB"

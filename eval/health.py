@@ -20,7 +20,8 @@ def panel(z1: Tensor, z2: Tensor) -> dict[str, float]:
     - alignment: mean squared distance of positives, 0 to 4; uniformity: log of the mean Gaussian
       potential of all pairs, 0 where all are one point, about -4 when even (arXiv 2005.10242).
     """
-    z1, z2 = (F.normalize(z.double(), dim=1) for z in (z1, z2))
+    here = (z.cpu() if z.device.type == "mps" else z for z in (z1, z2))  # MPS has no float64
+    z1, z2 = (F.normalize(z.double(), dim=1) for z in here)
     both = torch.cat([z1, z2])
     singular = torch.linalg.svdvals(both.nan_to_num())  # it fails on NaN; the others show one
     share = singular / singular.sum()
@@ -45,5 +46,6 @@ def diagnosis(figures: dict[str, float]) -> str | None:
     return (
         f"COLLAPSE: {what}. Usual causes: a learning rate too high for this batch size or "
         "optimiser, too few steps of warm-up, views without colour distortion, or a network of "
-        "the other branch that gets gradients. See RUN's TensorBoard, `health/`."
+        "the other branch that gets gradients. In RUN's TensorBoard: feature_std, effective_rank, "
+        "uniformity."
     )

@@ -37,6 +37,11 @@ def main() -> None:
     cli.check_batch(cfg.batch_size, len(images), accelerator.num_processes)
     check_sizes(cfg, accelerator.num_processes)
     run = Run(cfg, "moco", recipe, accelerator, len(images), total_steps(cfg, len(images)))
+    if cfg.schedule == "step" and min(cfg.milestones, default=cfg.epochs) >= cfg.epochs:
+        given = f"--milestones {' '.join(map(str, cfg.milestones))} of --epochs {cfg.epochs:g}"
+        run.say(f"the learning rate stays as it is: {given}")
+    if cfg.bn_splits == 1:  # Sec. 3.3, "Shuffling BN"
+        run.say("--bn-splits 1: one BatchNorm group, in which shuffled keys hide nothing; try 8")
     run.say(images.load(cfg.memory_gb))
     views = augment.views(cfg)
     pairs = Pairs.of_run(images, views, cfg, accelerator, dtype=dtype, drop_last=True)

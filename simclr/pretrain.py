@@ -36,6 +36,9 @@ def main() -> None:
     cli.check_batch(cfg.batch_size, len(images), accelerator.num_processes)
     check_chunk(cfg, accelerator.num_processes)
     run = Run(cfg, "simclr", recipe, accelerator, len(images), total_steps(cfg, len(images)))
+    if cfg.warmup_epochs >= cfg.epochs:
+        given = f"--warmup-epochs {cfg.warmup_epochs:g} of --epochs {cfg.epochs:g}"
+        run.say(f"the learning rate only rises: {given}; try --warmup-epochs {cfg.epochs / 10:g}")
     run.say(images.load(cfg.memory_gb))
     pairs = Pairs.of_run(images, augment.views(cfg), cfg, accelerator, dtype=dtype)
 

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # Pretrain, judge and compare one SimCLR recipe. Stopped at any point, it goes on where it was.
+# Arguments: RECIPE [SOURCE [RUN [FLAGS of simclr.pretrain]]]; without SOURCE, the recipe's own data.
 #
 #   bash simclr/reproduce.sh demo
 #   bash simclr/reproduce.sh cifar10 uoft-cs/cifar10 runs/simclr-cifar10 --seed 2
 #   LAUNCH="accelerate launch --num_processes 8 -m" bash simclr/reproduce.sh imagenet ILSVRC/imagenet-1k
 set -euo pipefail
 recipe=${1:-demo}
-source=${2:-demo}
 run=${3:-runs/simclr-$recipe}
 launch=${LAUNCH:-python -m}
 
 # a judgement that is there is not repeated, unless the encoder is newer
 once() { [ "$run/results/$1.json" -nt "$run/encoder.safetensors" ] || "${@:2}"; }
 
-$launch simclr.pretrain "$recipe" --data "$source" --out "$run" "${@:4}"
+$launch simclr.pretrain "$recipe" ${2:+--data "$2"} --out "$run" "${@:4}"
 if [ "$recipe" = demo ]; then # seconds on a CPU, with the floor and the ceiling beside it
     once knn200-random python -m eval.knn "$run" --baselines pixels random
     once linear-features-random python -m eval.linear "$run" --protocol features --baselines pixels random

@@ -34,6 +34,34 @@ def test_the_scripts_differ_in_the_method_alone():
     assert sum("METHOD" in line for line in texts["simclr"]) >= 6
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "given, trained",
+    [
+        ([], "demo --out runs/METHOD-demo"),
+        (["cifar10"], "cifar10 --out runs/METHOD-cifar10"),
+        (["cifar10", "my images"], "cifar10 --data my images --out runs/METHOD-cifar10"),
+        (["cifar10", "", "run", "--seed", "2"], "cifar10 --out run --seed 2"),
+    ],
+)
+def test_a_recipe_is_trained_on_the_given_images_or_its_own(method, given, trained, tmp_path):
+    python = tmp_path / "python"  # says its arguments, separated by bars
+    python.write_text('#!/bin/sh\n(IFS="|"; echo "$*")\n')
+    python.chmod(0o755)
+    said = subprocess.run(
+        ["bash", ROOT / method / "reproduce.sh", *given],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()[0]
+    assert said.startswith(f"-m|{method}.pretrain|")
+    words = said.split("|")[2:]
+    assert " ".join(words) == trained.replace("METHOD", method)
+    assert "my" not in words  # a name with a space is one word
+
+
 @pytest.fixture
 def source(tmp_path):
     """90 labelled images in two splits."""

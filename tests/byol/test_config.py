@@ -17,7 +17,7 @@ from byol.model import Online, Target, ema_
 from byol.optim import LARS, lr_at, parameter_groups, tau_at
 from common.augment import Batched
 from eval.published import PUBLISHED
-from tests.helpers import golden_json
+from tests.helpers import ROOT, golden_json
 
 SOURCE = re.compile(r"App\. |Sec\. |Table |README|CODE|arXiv|ours|likewise|published.py")
 NAMES = {"data", "published"}  # what a recipe is about, not a setting: PUBLISHED has the source
@@ -169,3 +169,13 @@ def test_imagenet_recipes_take_a_step_at_full_size(recipe):
 
 def test_there_are_six_imagenet_recipes():
     assert len(IMAGENET_RECIPES) == 6
+
+
+def test_readme_lists_every_recipe_and_disagreement():
+    readme = (ROOT / "byol" / "README.md").read_text()
+    for name in RECIPES:
+        assert f"| `{name}` |" in readme, name
+    tags = sum(path.read_text().count("PAPER/CODE:") for path in (ROOT / "byol").glob("*.py"))
+    section = readme.split("## Where paper and official code disagree")[1].split("\n## ")[0]
+    listed = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(listed) == tags > 3

@@ -216,6 +216,14 @@ def test_a_run_of_another_config_is_refused(whole, source, capsys):
     assert "tau_base" in said and "(now 0.5)" in said and "accumulate 1 (now 2)" in said
 
 
+def test_a_run_that_is_all_warm_up_is_pointed_out(source, tmp_path, capsys):
+    for warmup, said in ((1, False), (2, True)):
+        flat = ("--epochs", "2", "--warmup-epochs", warmup, "--knn-every", "0")
+        here(*flags(source, tmp_path / str(warmup), *flat))
+        line = "the learning rate only rises: --warmup-epochs 2 of --epochs 2; try"
+        assert (line in capsys.readouterr().err) == said
+
+
 # ---- one optimiser step in parts -----------------------------------------------------------------
 
 

@@ -1,9 +1,10 @@
 """Five updates of the official BYOL on a small ResNet: loss, online and target after each.
 
 The network is rebuilt here (Haiku pads as TensorFlow's "SAME" does); heads, target, loss,
-optimiser, schedules and moving average are byol's, called as pretrain.py calls them.
+optimiser, schedules, moving average and the loop around them are byol's: `byol.pretrain.main`.
 """
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -11,28 +12,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 
 from byol.config import DEMO, Config
-from byol.loss import regression
-from byol.model import Online, Target, ema_, globalize, mlp
-from byol.optim import LARS, lr_at, parameter_groups, tau_at, total_steps
+from byol.model import Online, mlp
+from byol.optim import lr_at, tau_at, total_steps
+from tests.byol.harness import play
 from tests.golden.det_formula import image, weight
 from tests.helpers import golden, rel, run_processes
 
-DOUBLE = torch.float64
 STEPS, BATCH, SIZE = 5, 8, 24
 COUNT = 20 * BATCH  # 20 steps in all, of which 2 warm up
-SETTINGS = replace(
-    DEMO,
-    batch_size=BATCH,
-    epochs=1,
-    warmup_epochs=0.1,
-    base_lr=64.0,
-    weight_decay=1.5e-6,
-    tau_base=0.9,
-)
+CHANGED = {
+    "batch_size": BATCH,
+    "epochs": 1,
+    "warmup_epochs": 0.1,
+    "base_lr": 64.0,
+    "weight_decay": 1.5e-6,
+    "tau_base": 0.9,
+}
+SETTINGS = replace(DEMO, **CHANGED)
+FLAGS = [w for k, v in CHANGED.items() for w in (f"--{k.replace('_', '-')}", str(v))]
 LOSS_F64, NORM_F64 = 3e-8, 1e-7  # measured: 3e-9 and 2e-8, both after the fifth update
 VALUES = {0: 1e-6, 1: 2e-4, 2: 4e-4, 3: 1e-5, 4: 4e-4}  # 5 to 10 times measured; float32 drifts
 BEFORE_NORM = ("projector/linear/b", "predictor/linear/b")  # their gradients are rounding noise
@@ -154,65 +154,54 @@ def set_weights(network, prefix):
         parameter.copy_(values.reshape(parameter.shape))
 
 
-def views(step, dtype):
+def views(step):
     normalize = v2.Normalize(Config().mean, Config().std)
     for v in (1, 2):
         every = [image(f"byol/step{step}/v{v}/{j}", SIZE, SIZE) for j in range(BATCH)]
-        yield normalize(torch.tensor(np.stack(every)).permute(0, 3, 1, 2).to(dtype))
+        yield normalize(torch.tensor(np.stack(every)).permute(0, 3, 1, 2).double())
 
 
 # ---- the updates ---------------------------------------------------------------------------------
 
 
-def trajectory(rank, world, dtype):
+def trajectory(rank, world, precision, out):
     """Five updates on this process's share of each batch, recorded after each."""
-    torch.manual_seed(rank)
+    # Accelerate wants to see these although the processes are linked already
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", LOCAL_WORLD_SIZE=str(world))
     network = Online(SETTINGS)
     network.encoder = TinyResNet()
     network.projector, network.predictor = mlp(8, 12, 6), mlp(6, 10, 6)
-    network = globalize(network).to(dtype)
-    target = Target(network)
-    set_weights(network, "byol/w")
-    set_weights(target, "byol/wt")
-    optimizer = LARS(parameter_groups(network, SETTINGS.weight_decay), SETTINGS.momentum)
-    online = DistributedDataParallel(network) if world > 1 else network
+    seen = {"online": [], "target": [], "momentum": []}
 
-    seen = {"loss": [], "online": [], "target": [], "momentum": []}
+    def start(online, target, optimizer):
+        set_weights(online, "byol/w")
+        set_weights(target, "byol/wt")
 
-    def record():
+    def observe(online, target, optimizer):
         slots = {p: state["v"] for p, state in optimizer.state.items()}
         zero = torch.zeros(1)
         for key, module, value in (
-            ("online", network, lambda p: p),
+            ("online", online, lambda p: p),
             ("target", target, lambda p: p),
-            ("momentum", network, lambda p: slots.get(p, zero.expand_as(p))),
+            ("momentum", online, lambda p: slots.get(p, zero.expand_as(p))),
         ):
             seen[key].append(
                 {n: official_layout(value(ours_of(module, n)), n).clone() for n in names(module)}
             )
 
-    record()
-    for step in range(STEPS):
-        view1, view2 = (view.chunk(world)[rank] for view in views(step, dtype))
-        p1, p2 = online(view1, view2)
-        with torch.no_grad():
-            z1, z2 = target(view1, view2)
-        loss = regression(p1, z2) + regression(p2, z1)
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, SETTINGS, COUNT)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema_(target, network, tau_at(step, SETTINGS, COUNT))
-        seen["loss"].append(loss.detach())
-        record()
-    return seen
+    mine = [[view.chunk(world)[rank] for view in views(step)] for step in range(STEPS)]
+    argv = ["demo", "--precision", precision, "--processes", str(world), "--out", out, *FLAGS]
+    record = play(argv, network, mine, COUNT, start, observe)
+    return seen | {"loss": record.losses, "rates": record.rates}
 
 
 @pytest.fixture(scope="module")
-def runs():
-    alone = {dtype: trajectory(0, 1, dtype) for dtype in (torch.float32, DOUBLE)}
-    return alone | {"two processes": run_processes(trajectory, 2, DOUBLE)}
+def runs(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", os.environ.copy())
+        alone = {p: trajectory(0, 1, p, str(out / p)) for p in ("fp32", "fp64")}
+    return alone | {"two processes": run_processes(trajectory, 2, "fp64", str(out / "two"))}
 
 
 def test_settings_are_the_recorded_ones():
@@ -227,6 +216,14 @@ def test_settings_are_the_recorded_ones():
         assert tau_at(step, SETTINGS, COUNT) == pytest.approx(logs["tau"][step], rel=1e-12)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_optimiser_has_the_recorded_rates(runs, processes):
+    """Of every group, at every step."""
+    theirs = golden("byol_step")["dev1_f64/logs/learning_rate"]
+    for run in [runs["fp64"]] if processes == 1 else runs["two processes"]:
+        assert rel(run["rates"], np.stack([theirs[:STEPS]] * 2, axis=1)) < 1e-7
+
+
 def norms(recorded, network_names):
     """(names, 1 + STEPS) norms of what `trajectory` recorded."""
     return torch.tensor([[after[n].double().norm() for after in recorded] for n in network_names])
@@ -236,7 +233,7 @@ def norms(recorded, network_names):
 def test_double_precision(runs, processes):
     """The official run with jax's x64, but for its learning rates, which are float32."""
     data = golden("byol_step")
-    every = [runs[DOUBLE]] if processes == 1 else runs["two processes"]
+    every = [runs["fp64"]] if processes == 1 else runs["two processes"]
     loss = torch.stack([torch.stack(run["loss"]) for run in every]).mean(0)
     assert rel(loss, data["dev1_f64/logs/repr_loss"]) < LOSS_F64
     order = {name: i for i, name in enumerate(official_names())}
@@ -252,12 +249,12 @@ def test_double_precision(runs, processes):
     assert compared == processes * (47 + 43 + 47)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
-def test_single_precision(runs, dtype):
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_single_precision(runs, precision):
     """The recorded float32 run: losses within five times its own distance from float64."""
     data = golden("byol_step")
     tolerance = 5 * np.array([2e-6, 1e-5, 7e-5, 4e-4, 6e-4])  # tests/golden/README.md
-    ours = torch.stack(runs[dtype]["loss"]).double().numpy()
+    ours = torch.stack(runs[precision]["loss"]).double().numpy()
     assert (np.abs(ours - data["dev1/logs/repr_loss"]) < tolerance).all()
 
 
@@ -265,10 +262,10 @@ def test_values_before_and_after(runs):
     """Element by element: before, and after the first updates, of the recorded float32 run."""
     data, compared = golden("byol_step"), 0
     for key in ("online", "target", "momentum"):
-        for name in runs[DOUBLE][key][0]:
+        for name in runs["fp64"][key][0]:
             if name in BEFORE_NORM:
                 continue
-            after = [run[name] for run in runs[DOUBLE][key]]
+            after = [run[name] for run in runs["fp64"][key]]
             for stored, moments in ((name, (0, 1, 2, 5)), (f"{name}/first64", range(6))):
                 if f"dev1/{key}/{stored}" not in data:
                     continue
@@ -285,7 +282,7 @@ def test_values_before_and_after(runs):
 
 def test_the_target_follows_after_the_step(runs):
     """target == tau * old target + (1 - tau) * online after the step."""
-    run = runs[DOUBLE]
+    run = runs["fp64"]
     for step in range(STEPS):
         tau = tau_at(step, SETTINGS, COUNT)
         for name, old in run["target"][step].items():
@@ -298,6 +295,6 @@ def test_the_target_follows_after_the_step(runs):
 def test_two_processes_are_one(runs):
     for run in runs["two processes"]:
         for key in ("online", "target", "momentum"):
-            for name, theirs in runs[DOUBLE][key][-1].items():
+            for name, theirs in runs["fp64"][key][-1].items():
                 if name not in BEFORE_NORM:
                     assert rel(run[key][-1][name], theirs) < 1e-10, (key, name)

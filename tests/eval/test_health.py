@@ -92,6 +92,23 @@ def test_length_does_not_matter_and_single_precision_is_welcome():
         assert panel(z1.to(dtype), z2.to(dtype)) == pytest.approx(panel(z1, z2), rel=tolerance)
 
 
+class OnMps:
+    """A tensor of a device without float64: all that can be done with it is to copy it."""
+
+    device = torch.device("mps")
+
+    def __init__(self, z):
+        self.z = z
+
+    def cpu(self):
+        return self.z
+
+
+def test_a_device_without_double_precision():
+    z1, z2 = normal(6, 4).float(), normal(6, 4, 1).float()
+    assert panel(OnMps(z1), OnMps(z2)) == panel(z1, z2)
+
+
 def test_a_diagnosis_is_one_line_with_a_hint_and_only_where_there_is_one():
     well = {"feature_std": 0.9, "uniformity": -3.0, "effective_rank": 20.0, "alignment": 0.3}
     assert diagnosis(well) is None

@@ -112,6 +112,19 @@ def test_key_update(momentum):
             assert (p - (1 - momentum**k)).abs().max() < 1e-14
 
 
+def test_key_update_is_one_fused_call(monkeypatch):
+    model, calls = tiny(), []
+    fused = torch._foreach_lerp_
+
+    def counted(*args):
+        calls.append(len(args[0]))
+        fused(*args)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", counted)
+    model.update_key(0.9)
+    assert calls == [len(list(model.encoder_k.parameters()))]
+
+
 def test_key_update_leaves_statistics_alone():
     model = tiny()
     model.encoder_q(noise(4, 3, 5, 5))

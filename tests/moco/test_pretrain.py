@@ -128,6 +128,29 @@ def test_it_is_said_that_the_loss_rises(source, tmp_path, capfd):
     run_main(*flags(source, tmp_path / "run", "--epochs", "0.1", "--knn-every", "0"))
     said = capfd.readouterr().err
     assert "7.427 = 2 log(1 + K)" in said and "RISES" in said and "2 steps" in said
+    assert "queue=80%" in said  # in the progress bar, until it is full
+
+
+def test_a_full_queue_is_not_shown(source, tmp_path, capfd):
+    run_main(*flags(source, tmp_path / "run", "--epochs", "0.5", "--knn-every", "0"))
+    said = capfd.readouterr().err
+    assert "loss=" in said and "queue=" not in said.rpartition("loss=")[2]
+
+
+def test_milestones_that_are_never_reached_are_pointed_out(source, tmp_path, capsys):
+    for last, said in ((0, False), (2, True)):
+        steps = ("--schedule", "step", "--milestones", last, 3, "--epochs", "0.5")
+        run_main(*flags(source, tmp_path / str(last), *steps, "--knn-every", "0"))
+        line = "the learning rate stays as it is: --milestones 2 3 of --epochs 0.5"
+        assert (line in capsys.readouterr().err) == said
+
+
+def test_a_shuffle_that_hides_nothing_is_pointed_out(source, tmp_path, capsys):
+    for groups, said in ((2, False), (1, True)):
+        short = ("--bn-splits", groups, "--epochs", "0.1", "--knn-every", "0")
+        run_main(*flags(source, tmp_path / str(groups), *short))
+        line = "--bn-splits 1: one BatchNorm group, in which shuffled keys hide nothing"
+        assert (line in capsys.readouterr().err) == said
 
 
 def test_checkpoint_holds_everything(whole):

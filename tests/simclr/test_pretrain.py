@@ -182,6 +182,14 @@ def test_decoding_workers_and_memory_give_the_same_run(runs, source, tmp_path, m
     assert rows(tmp_path / "run") == rows(runs[0])
 
 
+def test_a_run_that_is_all_warm_up_is_pointed_out(source, tmp_path, monkeypatch, capsys):
+    for warmup, said in ((1, False), (2, True)):
+        flat = ("--epochs", "2", "--warmup-epochs", warmup, "--knn-every", "0")
+        here(monkeypatch, *flags(source, tmp_path / str(warmup), *flat))
+        line = "the learning rate only rises: --warmup-epochs 2 of --epochs 2; try"
+        assert (line in capsys.readouterr().err) == said
+
+
 def test_a_real_command_fails_in_one_line(tmp_path):
     said = finished(start("-m", "simclr.pretrain", "demo", "--data", str(tmp_path / "none")), 2)
     assert (
