@@ -39,7 +39,7 @@ from eval.encoder import Cut, Encoder, load
 from eval.features import digest_of
 from eval.knn import accuracy
 from eval.linear import MEMORY_GB, judged, train_views
-from eval.results import Subject, confidence, name_of_record, record, subjects
+from eval.results import Subject, changed, confidence, name_of_record, record, subjects
 from eval.unfinished import Unfinished
 
 PART = 256  # images that go through the network at once
@@ -54,6 +54,8 @@ class Settings:
     run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder or an encoder.safetensors
     weights: str = ""  # start from these instead: random (the supervised twin), torchvision:ARCH
     data: str = ""  # images to train and judge on; default: those of the run
+    image_column: str | None = None  # of a table with several, if not the run's
+    label_column: str | None = None  # likewise
     protocol: Literal["", "simclr", "simclr-v2", "byol"] = ""  # default: the method's
     layer: int | None = None  # 0: from the representation; k: from the head's k-th hidden layer
     label_fraction: float = 1.0  # of the training images, balanced over the classes
@@ -387,8 +389,6 @@ def judge(subject: Subject, settings: Settings) -> None:
     test.into_memory(MEMORY_GB)
     if protocol.lars and settings.weight_decay:
         raise cli.UserError("--weight-decay: not with LARS, whose protocol has none")
-    own = ("epochs", "base_lr", "batch_size", "weight_decay")
-    changed = {key: value for key in own if (value := getattr(settings, key))}
     given = subject.encoder.input
     key = f"{digest_of(subject.encoder.network, given, train)} {protocol} {settings}"
     unfinished = Unfinished(subject.folder, name_of_record(subject, name), key)
@@ -413,7 +413,7 @@ def judge(subject: Subject, settings: Settings) -> None:
         probe_batch_size=chosen.batch_size,
         probe_weight_decay=settings.weight_decay or None,
         probe_seed=settings.seed,
-        changed=changed or None,
+        changed=changed(settings, "epochs", "base_lr", "batch_size", "weight_decay"),
         seconds=unfinished.seconds(),
     )
     unfinished.remove()
@@ -425,7 +425,8 @@ def main() -> None:
     )
     s = settings
     layer = layer_of(load(s.run, s.weights), s)
-    for subject in subjects(s.run, s.weights, (), s.data, layer):
+    columns = (s.image_column, s.label_column)
+    for subject in subjects(s.run, s.weights, (), s.data, layer, columns=columns):
         judge(subject, settings)
 
 

@@ -29,7 +29,7 @@ from common.data import Images, batch_indices, generator
 from eval.encoder import Input
 from eval.features import digest_of, fingerprint, prepare
 from eval.knn import accuracy
-from eval.results import Subject, confidence, name_of_record, record, subjects
+from eval.results import Subject, changed, confidence, name_of_record, record, subjects
 from eval.unfinished import Unfinished
 
 MEMORY_GB = 4.0  # decode once and keep the pixels if they need less than this
@@ -331,6 +331,7 @@ def judge(subject: Subject, settings: Settings) -> None:
         probe_epochs=protocol.epochs,
         probe_batch_size=protocol.batch_size,
         probe_seed=settings.seed,
+        changed=changed(settings, "epochs", "batch_size"),
         seconds=unfinished.seconds(),
     )
     unfinished.remove()

@@ -164,6 +164,11 @@ def record(
     return row
 
 
+def changed(settings: Any, *names: str) -> dict[str, float] | None:
+    """Those of a command's settings that were given in place of the protocol's own, if any."""
+    return {name: value for name in names if (value := getattr(settings, name))} or None
+
+
 def measure_of(protocol: str) -> str:
     """What a protocol's figure is."""
     others = {"-mean-per-class": "mean per class", "-map11": "11-point mAP"}

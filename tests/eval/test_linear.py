@@ -226,6 +226,34 @@ def test_a_few_images(tmp_path, protocol, count):
     assert row["probe_batch_size"] == count - (protocol in ("byol", "features"))
 
 
+def test_an_encoder_that_learns_under_the_classifier_is_caught(tmp_path, monkeypatch):
+    """A backbone left unfrozen: an optimiser step on the encoder within the probe's training."""
+    subject = subject_of(Network().eval(), tmp_path)
+    probed = linear.run_probe
+
+    def unfrozen(subject, *rest):
+        network = subject.encoder.network
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+        network(torch.rand(4, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+        return probed(subject, *rest)
+
+    monkeypatch.setattr(linear, "run_probe", unfrozen)
+    with pytest.raises(RuntimeError, match="not a linear evaluation"):
+        linear.judge(subject, Settings(protocol="simclr", epochs=1, batch_size=16))
+    assert not list(tmp_path.glob("linear*"))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [({}, None), ({"epochs": 2, "batch_size": 16}, {"epochs": 2, "batch_size": 16})],
+)
+def test_what_is_not_the_protocols_own_is_recorded(tmp_path, given, said):
+    subject = subject_of(Network().eval(), tmp_path)
+    linear.judge(subject, Settings(protocol="features", **given))
+    assert read_json(tmp_path / "linear-features-encoder.json").get("changed") == said
+
+
 @pytest.mark.parametrize(("method", "name"), [("moco", "moco"), ("byol", "byol")])
 def test_the_protocol_is_the_methods_unless_said(tmp_path, method, name):
     subject = subject_of(Network().eval(), tmp_path, method)
