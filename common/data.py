@@ -337,13 +337,13 @@ def open_images(
     Raises:
         UserError: no such source, split or column; no images in it.
     """
-    path = Path(os.path.expanduser(source))
     if source == "demo":
         if split not in ("train", "test"):
             raise _NoSplit(f"demo: no split {split!r}; it has train, test")
         pixels, labels = demo.split(split)
         return Images(f"demo {split}", pixels, labels, demo.CLASSES, store=pixels)
     try:
+        path = Path(os.path.expanduser(source))
         pictures = path.is_dir() and next(scan(str(path)), None)
         tables = [] if pictures else find_tables(path)
         if path.is_dir() and not tables:

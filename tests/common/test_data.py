@@ -217,6 +217,8 @@ def test_no_images_and_no_such_path(tmp_path):
     assert ".png" in said(caught)
     with pytest.raises(UserError, match="no such folder or file"):
         open_images(str(tmp_path / "missing"))
+    with pytest.raises(UserError, match="no path"):
+        open_images("~\0")
     with pytest.raises(UserError, match=r"not a folder, a \.parquet"):
         open_images(str(tmp_path / "file.zip"))
 
