@@ -1,4 +1,5 @@
-"""One process equals many: each method's real command on 1, 2, 3 and 4 linked CPU processes.
+"""One process equals many: each method's real command on 1, 2, 3 and 4 linked CPU processes, and
+BYOL's without batch statistics.
 
 What GPUs do otherwise is not run on a CPU: NCCL in place of gloo, and mixed precision. Two GPUs
 are compared with one by
@@ -19,6 +20,7 @@ from tests.helpers import METHODS, ROOT, checkpoints, ended, exported, forked, f
 from tests.helpers import rows as rows_of
 
 STEPS, BATCH, IMAGES = 30, 48, 5120  # 48 can be shared by 1, 2, 3 and 4
+VARIANTS = (*METHODS, "byol gn+ws")  # a method, and its --norm where it is not BatchNorm
 DRIFT = 3  # how much farther from float64 than float32 alone takes one process, several may be
 
 
@@ -32,6 +34,9 @@ def settings(method, out, *more):
         "image-size": 12,
         "epochs": (STEPS + (method != "simclr") * 0.5) * BATCH / IMAGES,
     }  # fmt: skip
+    method, *norm = method.split()
+    if norm:
+        given |= {"norm": norm[0]}
     if method == "moco":  # whose epochs end at their last whole batch
         given |= {"bn-splits": 12, "queue-size": 600}
         given["epochs"] = STEPS / (IMAGES // BATCH)
@@ -44,13 +49,17 @@ def settings(method, out, *more):
 def run_on(processes, method, out, *more):
     argv = settings(method, out, "--processes", processes, *more)
     log = out.with_suffix(".log")
-    assert set(ended(forked(method, argv, log, processes))) == {0}, log.read_text()
+    assert set(ended(started(method, argv, log, processes))) == {0}, log.read_text()
     launches = json.loads((out / "config.json").read_text())["launches"]
     assert launches[-1]["processes"] == processes
     return out
 
 
-@pytest.fixture(scope="module", params=METHODS)
+def started(method, *args):
+    return forked(method.split()[0], *args)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
 def method(request):
     return request.param
 
@@ -101,21 +110,24 @@ def test_in_double_precision(runs, processes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_in_single_precision(runs, processes):
-    """To 1e-5 at the first step, then as near to float64 as float32 is on one process."""
+def test_in_single_precision(method, runs, processes):
+    """To 1e-5 at the first step, then as near to float64 as float32 is on one process.
+
+    With GN + WS, whose loss falls twentyfold in these steps, by how much float32 drifts is luck
+    (4e-6 of the largest loss on one process, 3e-5 on four): 1e-4 is the bound there.
+    """
     exact, one, many = (losses(runs[k]) for k in (("fp64", 1), ("fp32", 1), ("fp32", processes)))
     assert abs(one[0] - many[0]) < 1e-5 * exact[0]
     drift = np.abs(one - exact).max()
     assert 1e-7 < drift < 0.2 * exact.max()  # else it would say nothing
-    assert np.abs(many - exact).max() < DRIFT * drift, (drift, np.abs(many - exact))
+    bound = 1e-4 * exact.max() if "gn+ws" in method else DRIFT * drift
+    assert np.abs(many - exact).max() < bound, (drift, np.abs(many - exact))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [("--norm", "gn+ws"), ("--accumulate", 4)])
-def test_byol_without_batch_statistics_and_in_parts(tmp_path, more):
-    one, two = (
-        losses(run_on(n, "byol", tmp_path / str(n), "--precision", "fp64", *more)) for n in (1, 2)
-    )
+def test_byol_in_parts(tmp_path):
+    argv = ("--precision", "fp64", "--accumulate", 4)
+    one, two = (losses(run_on(n, "byol", tmp_path / str(n), *argv)) for n in (1, 2))
     assert np.abs(one - two).max() < 1e-10
 
 
@@ -124,10 +136,10 @@ def test_going_on_with_another_number_of_processes(method, runs, tmp_path):
     """Killed on three processes after nine steps' checkpoint, gone on with on two."""
     whole, out = runs["fp64", 1], tmp_path / "run"
     argv = ["--precision", "fp64", "--save-every", str(9.5 * BATCH / IMAGES)]
-    children = forked(method, settings(method, out, *argv), tmp_path / "log", 3, die_at_step_15)
+    children = started(method, settings(method, out, *argv), tmp_path / "log", 3, die_at_step_15)
     assert -9 in ended(children)
     log = tmp_path / "log"
-    assert ended(forked(method, settings(method, out, *argv), log, 2)) == [0, 0], log.read_text()
+    assert ended(started(method, settings(method, out, *argv), log, 2)) == [0, 0], log.read_text()
     assert "going on from step" in log.read_text()
     assert apart(rows_of(whole), rows_of(out)) < 1e-7
     last = f"step-{len(rows_of(whole)):08d}.pt"
@@ -153,7 +165,7 @@ def die_at_step_15():
 def launch(method, argv, *launcher, **environment):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *launcher]
     return subprocess.Popen(
-        [*map(str, command), "-m", f"{method}.pretrain", *map(str, argv)],
+        [*map(str, command), "-m", f"{method.split()[0]}.pretrain", *map(str, argv)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )  # fmt: skip
