@@ -106,8 +106,7 @@ def protocol_of(encoder: Encoder, settings: Settings, percent: float) -> Protoco
         name = encoder.about.get("method", "simclr")
         if name == "simclr" and encoder.about.get("head", []).count("Linear") == 3:
             name = "simclr-v2"
-    name = name or "simclr"
-    paper = PROTOCOLS[name]
+    paper = PROTOCOLS.get(name, SIMCLR)
     if paper is not BYOL:
         paper = replace(paper, epochs=paper.epochs[:1] if percent <= 1 else paper.epochs[1:])
     return replace(
@@ -402,7 +401,7 @@ def judge(subject: Subject, settings: Settings) -> None:
         name,
         top1=top1,
         top5=accuracy(ranking, truth, 5) if classes > 5 else None,
-        counts=(len(train), len(test)),
+        counts=(len(train), len(truth)),
         interval=confidence(top1, len(truth)),
         labels=None if whole else hashlib.sha256(keep.numpy().tobytes()).hexdigest(),
         subset=settings.subset or None,

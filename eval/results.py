@@ -45,7 +45,7 @@ class Subject:
         return self._opened
 
     def splits(self) -> tuple[Images, Images]:
-        """The same; without a test split every fifth training image is held out for one."""
+        """The same; without a test split a fifth of the training images is held out for one."""
         if self._splits is None:
             train, test = self.opened()
             self._splits = hold_out_fifth(train) if test is None else (train, test)
