@@ -3,13 +3,14 @@
 Plain torchvision: usable as it stands in a data loader, one image at a time. Torchvision's
 operations differ from the official TensorFlow ones, which is the same for every PyTorch port:
 
-- PAPER/CODE: the crop's area is uniform here; TensorFlow's is not, and never below 0.10.
-- PAPER/CODE: bicubic is antialiased here.
-- PAPER/CODE: contrast is about the mean of the gray image here, about each channel's mean there;
-  saturation blends with the gray image here, scales S of HSV there; brightness is multiplicative,
-  as in the official v2 (v1's is additive).
-- PAPER/CODE: one blur sigma per image, as in the paper; the official code draws one per batch. The
-  border is reflected here, black there.
+- PAPER/CODE: the crop's area is uniform, as in the paper; TensorFlow's is not, and never below
+  0.10.
+- PAPER/CODE: brightness is multiplicative, as in the official v2; v1's is additive.
+- PAPER/CODE: one blur sigma per image, as in the paper; the official code draws one per batch.
+- Bicubic is antialiased here, not there.
+- Contrast is about the mean of the gray image here, about each channel's mean there; saturation
+  blends with the gray image here, scales S of HSV there.
+- The blur's border is reflected here, black there.
 
 Both repaint colours only: neither normalises by mean and standard deviation.
 """

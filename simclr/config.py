@@ -96,7 +96,7 @@ CIFAR10 = replace(
     batch_size=512,  # README
     epochs=1000,  # README
     base_lr=1.0,  # README: times 512/256
-    weight_decay=1e-4,  # PAPER/CODE: README 1e-4, S0's README 1e-6; the 91 stands beside both
+    weight_decay=1e-4,  # README; S0's has 1e-6, and the 91 stands beside both
     published="simclr-cifar10-r18-1000",
 )
 

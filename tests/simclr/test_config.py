@@ -17,7 +17,7 @@ from simclr.config import CIFAR10, CIFAR10_R50, IMAGENET_100, IMAGENET_1000, REC
 from simclr.loss import nt_xent
 from simclr.model import SimCLR
 from simclr.optim import LARS, lr_at, parameter_groups
-from tests.helpers import golden_json
+from tests.helpers import ROOT, golden_json
 
 # `likewise`: the source of the line before; `checkpoint`: the name of the released one;
 # `secondary source`: no original could be read, and the line says so; `published.py`: its rows do.
@@ -165,3 +165,13 @@ def test_imagenet_recipes_take_a_step_at_full_size(recipe):
 
 def test_there_are_three_imagenet_recipes():
     assert IMAGENET_RECIPES == ["imagenet-100ep", "imagenet", "imagenet-v2"]
+
+
+def test_readme_lists_every_recipe_and_disagreement():
+    readme = (ROOT / "simclr" / "README.md").read_text()
+    for name in RECIPES:
+        assert f"| `{name}` |" in readme, name
+    tags = sum(path.read_text().count("PAPER/CODE:") for path in (ROOT / "simclr").glob("*.py"))
+    section = readme.split("## Where paper and official code disagree")[1].split("\n## ")[0]
+    listed = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(listed) == tags > 5
