@@ -195,12 +195,12 @@ def test_what_is_shown_and_recorded(tmp_path, monkeypatch):
         flops = row["tflops"] * 1e12 / row["pairs_per_second"]
         assert flops == pytest.approx(expected_flops("moco"))
         assert row["peak_memory_gb"] > 0.1 and 0 <= row["data_wait"] < 1 and "mfu" not in row
-    assert shown[-1].keys() == {"loss", "waiting", "memory", "TFLOP/s"}
+    assert shown[-1].keys() == {"loss", "queue", "waiting", "memory", "TFLOP/s"}
     monkeypatch.setattr(speed, "peak_flops", lambda device, precision: 1e12)
     run("moco", tmp_path / "peak")
     recorded = lines(tmp_path / "peak/timings.jsonl")[1:]
     assert len(recorded) == 2 and all(row["mfu"] == row["tflops"] for row in recorded)
-    assert shown[-1].keys() == {"loss", "waiting", "memory", "MFU"}
+    assert shown[-1].keys() == {"loss", "queue", "waiting", "memory", "MFU"}
 
 
 class Waits(TorchDispatchMode):
