@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import re
-import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -228,7 +227,7 @@ def differences(row: dict[str, Any], known: Row) -> list[str]:
 
 def flags(command: str) -> set[str]:
     """The fields of a config that a command set: what its run changed in the recipe."""
-    given = (word[2:].partition("=")[0] for word in shlex.split(command) if word[:2] == "--")
+    given = re.findall(r"(?<!\S)--([\w-]+)", command)
     return {flag.replace("-", "_").removeprefix("no_") for flag in given}
 
 
