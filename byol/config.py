@@ -139,7 +139,8 @@ CIFAR10 = replace(
 
 # Ours: the embedded images and a small network, in minutes on two cores. Chosen by fifteen runs,
 # one seed each, most of 77,000 pairs, judged on images rendered from another seed than those of
-# the test split.
+# the test split. That was seed 1, and it is not enough: seeds 2 and 3 end at 14 % by kNN, below a
+# random encoder, on views that are predicted well (loss 0.7) by something other than the class.
 DEMO = replace(
     CIFAR10,
     data="demo",
