@@ -200,9 +200,10 @@ def confidence(percent: float, count: int) -> float:
 
 
 def with_interval(percent: float, interval: float, count: int) -> str:
-    """A figure and its 95 % interval: ±, or both ends where they are not equally far."""
+    """A figure and its 95 % interval: ±, or both ends where Wilson's are not equally far."""
     z2 = 1.959964**2
     centre = (percent + 50 * z2 / count) / (1 + z2 / count)  # Wilson's is drawn towards a half
-    if abs(centre - percent) < 0.25 * interval:
+    other = abs(interval - confidence(percent, count)) > 0.01  # resampled: of another measure
+    if other or abs(centre - percent) < 0.25 * interval:
         return f"{percent:.1f} ± {interval:.1f}"
     return f"{percent:.1f} ({centre - interval:.1f} to {centre + interval:.1f})"

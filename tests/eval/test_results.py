@@ -207,6 +207,8 @@ def test_a_fingerprint_sees_every_bit():
 def test_an_interval_that_is_not_centred_is_told_by_its_ends(percent, count, said):
     """Wilson (1927), eq. 1: for 9 of 9 the ends are 1 / (1 + z^2 / 9) and 1."""
     assert with_interval(percent, confidence(percent, count), count) == said
+    resampled = confidence(percent, count) + 1  # of a measure that is no share: no such centre
+    assert with_interval(percent, resampled, count) == f"{percent:.1f} ± {resampled:.1f}"
 
 
 @pytest.mark.parametrize(
