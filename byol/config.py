@@ -137,10 +137,11 @@ CIFAR10 = replace(
     published="",
 )
 
-# Ours: the embedded images and a small network, in minutes on two cores. Chosen by fifteen runs,
-# one seed each, most of 77,000 pairs, judged on images rendered from another seed than those of
-# the test split. That was seed 1, and it is not enough: seeds 2 and 3 end at 14 % by kNN, below a
-# random encoder, on views that are predicted well (loss 0.7) by something other than the class.
+# Ours: the embedded images and a small network, in minutes on two cores. Chosen with five seeds, on
+# 4,096 of the training images, judged by kNN on the other 1,024: 44 to 65 % in 25 epochs. What the
+# trials showed: the class must be among the first things that are learned, for the projections fall
+# from 45 dimensions to 5 or 20 within 200 steps. Batch 128 at four times the rate, a warm-up of 10
+# epochs, or crops of 35 % as for SimCLR and MoCo end lower, with some seeds below a random encoder.
 DEMO = replace(
     CIFAR10,
     data="demo",
@@ -150,15 +151,15 @@ DEMO = replace(
     dim=64,  # ours
     image_size=24,  # ours: crops of 32 px images, at half the cost of 32 px views
     test_size=32,  # ours: patterns then appear about as large as in the crops
-    crop_min_area=0.35,  # ours: smaller crops hold less than a period of the patterns
+    crop_min_area=0.2,  # ours: larger crops let it learn the light and the patch's size
     jitter=(1.0, 1.0, 1.0, 0.5),  # ours: any hue, else tint tells instances apart
     solarize=(0.0, 0.0),  # ours
     mean=(0.5, 0.5, 0.5),  # ours
     std=(0.25, 0.25, 0.25),  # ours
-    batch_size=128,  # ours
-    epochs=25,  # ours: 128,000 pairs
-    base_lr=8.0,  # ours: few steps and a small network ask for more than 2.0
-    warmup_epochs=2.5,  # ours: a tenth of the run
+    batch_size=64,  # ours
+    epochs=30,  # ours: 153,600 pairs
+    base_lr=4.0,  # ours: few steps and a small network ask for more than 2.0
+    warmup_epochs=3,  # ours: a tenth of the run
     tau_base=0.97,  # CODE configs/byol.py, its shortest preset
     save_every=5,  # ours
 )

@@ -57,7 +57,7 @@ def test_splits_share_no_image():
 
 
 def test_pixels_and_a_random_encoder_know_little():
-    assert knn(Pixels()) < 40
+    assert knn(Pixels()) < 50
     assert linear(Pixels()) < 20
     random = build_seeded({"arch": "demo", "stem": "imagenet"})
     assert knn(random) < 40
