@@ -23,8 +23,9 @@ Five choices make the set a fair test of self-supervised learning:
   horizontal flip changes no label.
 
 Top-1 on the 2,000 test images, given the 5,120 training images: raw pixels 44 % by
-kNN (k 20) and 13 % by a linear classifier on features, a random encoder 32 and
-24 %, the same encoder trained with labels 97 %.
+kNN (k 20; 52 % where mean and deviation are normalised) and 13 % by a linear
+classifier on features, a random encoder 32 and 24 %, the same encoder trained with
+labels 98 %.
 """
 
 import math

@@ -567,7 +567,10 @@ def provenance(processes: int) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The git commit of this code, `+` where files differ from it; "unknown" outside a checkout."""
+    """The git commit of this code, `+` where it differs; "unknown" outside a checkout.
+
+    Records are not code: measuring again changes those that are there.
+    """
     here = Path(__file__).resolve().parent.parent
 
     def git(*args: str) -> str:
@@ -576,5 +579,6 @@ def commit() -> str:
 
     with contextlib.suppress(OSError):
         if head := git("rev-parse", "--short=12", "HEAD"):
-            return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+            changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+            return head + ("+" if changed else "")
     return "unknown"

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +79,32 @@ def test_the_record_of_a_run(open_run):
     assert launched["processes"] == 1 and launched["versions"]["torch"] == torch.__version__
     assert {"command", "commit", "device", "started"} <= launched.keys()
     assert (run.folder / "results").is_dir()
+
+
+def test_a_changed_file_marks_the_commit_and_a_changed_record_does_not(tmp_path):
+    def git(*args):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *who, *args], check=True, capture_output=True)
+
+    common = Path(__file__).resolve().parents[2] / "common"
+    shutil.copytree(common, tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a.json").write_text("{}")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+
+    def commit():
+        code = "from common.run import commit; print(commit())"
+        env = os.environ | {"PYTHONPATH": f"{tmp_path}:{common.parent}"}
+        run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True,
+                             capture_output=True, text=True)  # fmt: skip
+        return run.stdout.strip()
+
+    (tmp_path / "results" / "a.json").write_text("[]")
+    assert re.fullmatch("[0-9a-f]{12}", commit())
+    (tmp_path / "common" / "demo.py").write_text("")
+    assert commit().endswith("+")
 
 
 def test_a_second_command_on_a_folder_is_refused_while_the_first_runs(open_run):
