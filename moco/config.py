@@ -110,8 +110,8 @@ CIFAR10_SYMMETRIC = replace(
 )
 
 # Ours: the embedded images and a small network, in minutes on two cores. Chosen by some twenty runs
-# of a third of this length, one seed each, judged on images rendered from another seed than those
-# of the test split.
+# of a third of this length, one seed each, on an earlier version of the images and judged on others
+# than those of the test split.
 DEMO = replace(
     CIFAR10_SYMMETRIC,
     data="demo",

@@ -112,8 +112,8 @@ CIFAR10_R50 = replace(
     published="simclr-cifar10-r50",
 )
 
-# Ours: the embedded images and a small network, in minutes on two cores. Tuned on images rendered
-# from another seed than those of the test split.
+# Ours: the embedded images and a small network, in minutes on two cores. Tuned on an earlier
+# version of the images, judged on others than those of the test split.
 DEMO = replace(
     CIFAR10,
     data="demo",
