@@ -52,7 +52,8 @@ def main() -> None:
     if cfg.compile:
         network.encoder.compile()
         target.encoder.compile()
-    optimizer = LARS(parameter_groups(network, cfg.weight_decay), cfg.momentum)
+    groups = parameter_groups(network, cfg.weight_decay, adapt=cfg.optimizer == "lars")
+    optimizer = LARS(groups, cfg.momentum)
     state = {"online": network, "target": target, "optimizer": optimizer}
     run.resume(state)
     online, optimizer = accelerator.prepare(network, optimizer)

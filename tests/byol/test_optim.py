@@ -1,6 +1,7 @@
 """LARS, its groups, the learning rate and tau against the paper, the official code, arithmetic."""
 
 import ast
+import copy
 import math
 from dataclasses import replace
 
@@ -247,6 +248,31 @@ def test_groups_as_the_optimizer_uses_them():
     for moved in plain:
         torch.testing.assert_close(moved, torch.full((4,), 0.5))
     assert weight.norm().item() == pytest.approx(0.5 * ETA * before[0].norm().item(), rel=1e-4)
+
+
+def test_without_adaptation_it_is_sgd():
+    """--optimizer sgd: torch's SGD with decay on the weights alone, to rounding.
+
+    Its buffer has no rate either, so the two agree while the rate changes.
+    """
+    ours = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    theirs = copy.deepcopy(ours)
+    optimizer = LARS(parameter_groups(ours, 0.1, adapt=False), momentum=0.9)
+    weight, *others = theirs.parameters()
+    groups = [{"params": [weight], "weight_decay": 0.1}, {"params": others}]
+    reference = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    start = weight.detach().clone()
+    x, y = torch.randn(2, 8, 4, dtype=torch.float64)
+    for lr in (0.0, 0.5, 0.2, 0.1):
+        for model, stepper in ((ours, optimizer), (theirs, reference)):
+            for group in stepper.param_groups:
+                group["lr"] = lr
+            stepper.zero_grad()
+            (model(x[:, :3]) - y).square().mean().backward()
+            stepper.step()
+    assert not torch.allclose(weight, start, atol=1e-3)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
 # ---- learning rate and tau -----------------------------------------------------------------------

@@ -224,6 +224,13 @@ def test_a_run_that_is_all_warm_up_is_pointed_out(source, tmp_path, capsys):
         assert (line in capsys.readouterr().err) == said
 
 
+@pytest.mark.parametrize(("optimizer", "adapted"), [("lars", True), ("sgd", False)])
+def test_the_optimizer_flag_says_whether_rates_adapt(source, tmp_path, optimizer, adapted):
+    here(*flags(source, tmp_path / "run", "--optimizer", optimizer, "--knn-every", 0))
+    weights, others = last_checkpoint(tmp_path / "run")["optimizer"]["param_groups"]
+    assert (weights["adapt"], others["adapt"]) == (adapted, False)
+
+
 # ---- one optimiser step in parts -----------------------------------------------------------------
 
 
