@@ -121,12 +121,9 @@ IMAGENETTE = replace(
 )
 
 # Ours: there is no official BYOL on CIFAR-10. Optimiser as in Imagenette's recipe, the nearest
-# official one; no blur, as in SimCLR's recipe for these images. Chosen by reasoning: what a CPU can
-# try is too short to tell. With the ImageNet stem, nine trials of 20,000 to 60,000 pairs, judged on
-# held-out training images, stayed 2 to 14 points below a random encoder by kNN: base_lr 0.4 to 4 at
-# batch 64 to 256, tau_base 0.9 to 0.99, jitter as here or twice as strong and more, crops from 8 or
-# 20 % of the area, and plain momentum in place of LARS. Ten epochs of the recipe end there as well
-# (RESULTS.md).
+# official one; no blur, as in SimCLR's recipe for these images. Chosen by reasoning, for long runs.
+# Ten epochs on a CPU are too short for it and end below a random encoder (RESULTS.md); README,
+# "CIFAR-10 on two cores", has what was tried for those, and what helped.
 CIFAR10 = replace(
     IMAGENETTE,
     data="uoft-cs/cifar10",
