@@ -255,6 +255,7 @@ def test_without_adaptation_it_is_sgd():
 
     Its buffer has no rate either, so the two agree while the rate changes.
     """
+    torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
     theirs = copy.deepcopy(ours)
     optimizer = LARS(parameter_groups(ours, 0.1, adapt=False), momentum=0.9)
