@@ -40,6 +40,7 @@ class Config:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of the channels (App. B; CODE)
     # Sec. 3.3: the optimiser and the target
     optimizer: Literal["lars", "sgd"] = "lars"  # sgd: LARS without its adaptation (ours)
+    predictor_lr: float = 1.0  # q's learning rate in multiples of the others' (Sec. 5, App. I)
     batch_size: int = 4096  # N images of one optimiser step, over all processes (Sec. 3.3)
     accumulate: int = 1  # equal parts of N, one after the other (Sec. 5); BatchNorm sees one part
     epochs: float = 100  # (CODE configs/byol.py)

@@ -15,18 +15,22 @@ from .config import Config
 ETA = 0.001  # trust coefficient (CODE configs/byol.py; arXiv 1708.03888)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, adapt: bool = True) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, adapt: bool = True, times: float = 1.0
+) -> list[dict]:
     """Weights with decay and adaptation; normalisation gains and all biases with neither.
 
-    Without `adapt` the weights move by plain momentum too, which makes LARS an SGD.
+    Without `adapt` the weights move by plain momentum too, which makes LARS an SGD. `times` is kept
+    in the groups: what to multiply `lr_at` by.
 
     CODE optimizers.py:30-35 excludes by name: `b` and modules with `norm`. In our networks these
     are exactly the parameters with one dimension.
     """
     params = [p for p in model.parameters() if p.requires_grad]
+    weights, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
     return [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay, "adapt": adapt},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+        {"params": weights, "weight_decay": weight_decay, "adapt": adapt, "times": times},
+        {"params": others, "weight_decay": 0.0, "adapt": False, "times": times},
     ]
 
 

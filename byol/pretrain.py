@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import cli
 from common.data import open_images
@@ -52,7 +52,9 @@ def main() -> None:
     if cfg.compile:
         network.encoder.compile()
         target.encoder.compile()
-    groups = parameter_groups(network, cfg.weight_decay, adapt=cfg.optimizer == "lars")
+    decay, adapt = cfg.weight_decay, cfg.optimizer == "lars"
+    groups = parameter_groups(nn.ModuleList([network.encoder, network.projector]), decay, adapt)
+    groups += parameter_groups(network.predictor, decay, adapt, times=cfg.predictor_lr)
     optimizer = LARS(groups, cfg.momentum)
     state = {"online": network, "target": target, "optimizer": optimizer}
     run.resume(state)
@@ -77,7 +79,7 @@ def main() -> None:
         if not last:
             continue
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg, len(images))
+            group["lr"] = group["times"] * lr_at(step, cfg, len(images))
         optimizer.step()
         optimizer.zero_grad()
         if not optimizer.step_was_skipped:  # fp16: after an overflow nothing moves

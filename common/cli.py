@@ -40,6 +40,7 @@ RANGES = {  # least and most that make sense, of every field of that name
     "log_every": (1, math.inf),
     "memory_gb": (0, math.inf),
     "momentum": (0, 1),
+    "predictor_lr": (0, math.inf),
     "processes": (0, math.inf),
     "queue_size": (1, 100_000_000),
     "save_every": (0, math.inf),

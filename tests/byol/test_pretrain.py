@@ -227,8 +227,30 @@ def test_a_run_that_is_all_warm_up_is_pointed_out(source, tmp_path, capsys):
 @pytest.mark.parametrize(("optimizer", "adapted"), [("lars", True), ("sgd", False)])
 def test_the_optimizer_flag_says_whether_rates_adapt(source, tmp_path, optimizer, adapted):
     here(*flags(source, tmp_path / "run", "--optimizer", optimizer, "--knn-every", 0))
-    weights, others = last_checkpoint(tmp_path / "run")["optimizer"]["param_groups"]
-    assert (weights["adapt"], others["adapt"]) == (adapted, False)
+    groups = last_checkpoint(tmp_path / "run")["optimizer"]["param_groups"]
+    assert [group["adapt"] for group in groups] == [adapted, False, adapted, False]
+
+
+def test_the_predictor_may_have_a_rate_of_its_own(source, tmp_path):
+    """--predictor-lr: by the same gradients, q alone moves so many times as far (App. I).
+
+    Of two steps the first has the rate 0, so that the second finds the same weights in every run.
+    """
+    two_steps = ("--epochs", 2 * BATCH / COUNT, "--warmup-epochs", BATCH / COUNT)
+    sgd = ("--optimizer", "sgd", "--precision", "fp64", "--knn-every", 0, *two_steps)
+    ends = []
+    for times in (0, 1, 3):
+        here(*flags(source, tmp_path / str(times), *sgd, "--predictor-lr", times))
+        ends.append(last_checkpoint(tmp_path / str(times)))
+    still, once, thrice = (end["online"] for end in ends)
+    parameters = [name for name in once if name.endswith((".weight", ".bias"))]
+    moved = {name for name in parameters if not torch.equal(still[name], once[name])}
+    assert moved == {name for name in parameters if name.startswith("predictor.")} != set()
+    for name in parameters:
+        expected = still[name] + 3 * (once[name] - still[name])
+        torch.testing.assert_close(thrice[name], expected, rtol=1e-12, atol=1e-12)
+    rates = [group["lr"] for group in ends[-1]["optimizer"]["param_groups"]]
+    assert rates == [rates[0], rates[0], 3 * rates[0], 3 * rates[0]] and rates[0] > 0
 
 
 # ---- one optimiser step in parts -----------------------------------------------------------------
