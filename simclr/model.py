@@ -200,9 +200,8 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        wide = (
-            input.double()
-        )  # torch's BatchNorm on a CPU sums in float64 too; LARS tells them apart
+        # torch's BatchNorm on a CPU sums in float64 too, and LARS tells the two apart
+        wide = input.double()
         axes, world = [0, *range(2, input.ndim)], dist.get_world_size()
         shape = [1, -1] + [1] * (input.ndim - 2)
         mean = _AllReduce.apply(wide.mean(axes)) / world
