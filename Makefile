@@ -1,8 +1,9 @@
 # make demo     pretrain all three methods on the embedded images, judge, print a table (CPU, minutes)
 # make test     the tests (under 10 minutes on 2 cores)
+# make test-oldest  the tests with the oldest versions that pyproject.toml allows
 # make lint     ruff and mypy
 # make slow     the longer checks that guard a promise
-# make seeds    the demos with three seeds each, kept in results/
+# make seeds    the demos with three seeds each, two at a time, kept in results/
 # make results  RESULTS.md from results/
 # make bench    pairs/s beside lightly and plain torchvision, a step's overhead (a quarter of an hour)
 # make speed-gpu  the real commands' pairs/s on a GPU
@@ -19,13 +20,16 @@ METHODS   := simclr moco byol
 HERE      := PATH="$(CURDIR)/$(BIN):$$PATH"
 DEMOS     := $(METHODS:%=runs/%-demo)
 
-.PHONY: demo test slow lint bench seeds results soak speed-gpu results-gpu
+.PHONY: demo test test-oldest slow lint bench seeds results soak speed-gpu results-gpu
 demo: $(READY)
-	@for method in $(METHODS); do $(HERE) bash $$method/reproduce.sh demo || exit; done
+	@printf '%s\n' $(METHODS) | $(HERE) xargs -P 2 -I METHOD bash METHOD/reproduce.sh demo
 	@$(BIN)/python -m eval.compare $(DEMOS) --out runs
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest PIP_FLAGS='-c constraints-oldest.txt'
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -33,18 +37,18 @@ slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy common eval $(foreach m,$(METHODS),$m/config.py $m/augment.py $m/loss.py $m/optim.py)
+	$(BIN)/mypy common eval $(foreach m,$(METHODS),$m/config.py $m/augment.py $m/loss.py $m/optim.py) \
+	    simclr/grad_cache.py
 
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/throughput.py
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/overhead.py
 
 seeds: $(READY)
-	for method in $(METHODS); do for seed in 1 2 3; do \
-	    run=runs/$$method-demo-seed$$seed; \
-	    $(HERE) bash $$method/reproduce.sh demo demo $$run --seed $$seed || exit; \
-	    $(BIN)/python -m eval.compare $$run --keep results || exit; \
-	done; done
+	printf '%s\n' $(foreach s,1 2 3,$(METHODS:%=%-demo-seed$s)) | $(HERE) xargs -P 2 -I RUN \
+	    bash -c 'run=RUN; method=$${run%%-*} seed=$${run##*seed}; \
+	        bash $$method/reproduce.sh demo demo runs/$$run --seed $$seed && \
+	        python -m eval.compare runs/$$run --keep results'
 
 soak: $(READY)
 	for method in $(METHODS); do \

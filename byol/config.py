@@ -4,8 +4,9 @@ Papers: "Bootstrap Your Own Latent", arXiv 2006.07733 v3; GN + WS: "BYOL works e
 statistics", arXiv 2010.10241. CODE is deepmind-research/byol at f5de0ed, README its README.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -15,52 +16,122 @@ class Config:
     The defaults are the official ImageNet setting, 100 epochs.
     """
 
-    # the run
     data: str = "ILSVRC/imagenet-1k"  # images: demo, a folder, parquet files or a Hub id (Sec. 3.3)
-    split: str = "train"  # which split of the data to train on (ours)
-    image_column: str | None = None  # where the images are, if a table has several (ours)
-    label_column: str | None = None  # where the labels are, for the kNN monitor only (ours)
-    out: str = "runs/byol"  # the folder of this run; given again, it goes on (ours)
-    seed: int = 1  # of initial weights, order and views (ours)
     # Sec. 3.3: the encoder f, the projector g and the predictor q
-    arch: Literal["demo", "resnet18", "resnet50"] = "resnet50"  # encoder f (Sec. 3.3)
-    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3 stride 1, no max-pool (ours)
-    hidden_dim: int = 4096  # width of g's and q's hidden layer (Sec. 3.3)
+    arch: str = "resnet50"  # encoder f: demo, resnet18, ..., resnet18-cifar, timm:NAME (Sec. 3.3)
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """first layers of a ResNet; cifar: a 3x3 convolution of stride 1, no max-pooling (ours)"""
+    hidden_dim: int = 4096  # width of the hidden layers of g and q (Sec. 3.3)
     dim: int = 256  # dimension of projections and predictions (Sec. 3.3)
-    norm: Literal["bn", "gn+ws"] = "bn"  # gn+ws: no batch statistics anywhere (arXiv 2010.10241)
+    norm: Literal["bn", "gn+ws"] = "bn"
+    """normalisation; gn+ws: GroupNorm and weight standardisation, so that no batch statistics are
+    used anywhere (arXiv 2010.10241)"""
     # App. B: the views t ~ T and t' ~ T'
     image_size: int = 224  # pixels, height and width of a view (App. B)
-    test_size: int = 0  # pixels of an image when judged, 0: image_size (ours)
+    eval_size: int = field(default=0, metadata={"was": "test_size"})
+    """pixels of an image when the encoder is judged; 0: those of a view (ours)"""
     crop_min_area: float = 0.08  # smallest share of the image that a crop keeps (App. B)
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """brightness, contrast, saturation and hue (App. B, Table 6)"""
-    blur: tuple[float, float] = (1.0, 0.1)  # probability in T and in T' (App. B, Table 6)
-    solarize: tuple[float, float] = (0.0, 0.2)  # probability in T and in T' (App. B, Table 6)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the channels (App. B; CODE)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of the channels (App. B; CODE)
+    """strengths of brightness, contrast, saturation and hue (App. B, Table 6)"""
+    blur: tuple[float, float] = (1.0, 0.1)
+    """probability of the Gaussian blur in T and in T' (App. B, Table 6)"""
+    solarize: tuple[float, float] = (0.0, 0.2)
+    """probability of solarisation in T and in T' (App. B, Table 6)"""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """mean of each channel, which views are normalised by (App. B; official code)"""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """standard deviation of each channel (App. B; official code)"""
     # Sec. 3.3: the optimiser and the target
-    optimizer: Literal["lars", "sgd"] = "lars"  # sgd: LARS without its adaptation (ours)
+    optimizer: Literal["lars", "sgd"] = "lars"
+    """lars (Sec. 3.3), or sgd: LARS without its layer-wise adaptation (ours)"""
     predictor_lr: float = 1.0  # q's learning rate in multiples of the others' (Sec. 5, App. I)
-    batch_size: int = 4096  # N images of one optimiser step, over all processes (Sec. 3.3)
-    accumulate: int = 1  # equal parts of N, one after the other (Sec. 5); BatchNorm sees one part
-    epochs: float = 100  # (CODE configs/byol.py)
-    base_lr: float = 0.45  # at batch 256, times B/256 (CODE configs/byol.py, by epochs)
-    warmup_epochs: float = 10  # of linear warm-up, then cosine to 0 (Sec. 3.3)
-    weight_decay: float = 1e-6  # (CODE configs/byol.py, by epochs)
-    momentum: float = 0.9  # (CODE configs/byol.py)
-    tau_base: float = 0.99  # of the target's average, rises to 1 (CODE configs/byol.py, by epochs)
-    # how to run it
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # of the networks (ours)
-    compile: bool = False  # torch.compile the encoders: a minute, for 3 % on a CPU (ours)
-    estimate: bool = False  # say what the run would take; train and write nothing (ours)
-    profile: bool = False  # write RUN/trace.json.gz, of three steps, for ui.perfetto.dev (ours)
-    processes: int = 0  # refuse to start unless so many were launched; 0: any number (ours)
-    workers: int = 8  # decoding processes, where the images do not fit in memory (ours)
-    memory_gb: float = 4.0  # decode once and keep the pixels if they need less than this (ours)
-    log_every: int = 20  # steps (ours)
-    save_every: float = 1  # epochs between checkpoints (ours)
-    knn_every: float = 10  # epochs between kNN measurements, 0: never (ours)
-    published: str = "byol-r50-100"  # the row of eval/published.py to hold the result against
+    batch_size: int = 4096  # N images of a step over all processes (Sec. 3.3)
+    accumulate: int = 1
+    """equal parts of the batch, one after the other; BatchNorm sees one part (Sec. 5)"""
+    epochs: float = 100  # epochs, of which the last may be a part (official code, configs/byol.py)
+    base_lr: float = 0.45
+    """learning rate at a batch of 256, linear in the batch (official code, configs/byol.py)"""
+    warmup_epochs: float = 10  # epochs of linear warm-up, before a cosine to 0 (Sec. 3.3)
+    weight_decay: float = 1e-6
+    """weight decay of the weights, not of gains and biases (official code, configs/byol.py)"""
+    momentum: float = 0.9  # momentum of LARS (official code, configs/byol.py)
+    tau_base: float = 0.99
+    """decay of the target's moving average at first; it rises to 1 (official code,
+    configs/byol.py)"""
+    published: str = "byol-r50-100"
+    """row of eval/published.py to hold the result against (arXiv 2011.10566)"""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            hidden_dim=(1, 1_000_000),
+            dim=(1, 1_000_000),
+            image_size=(1, 10_000),
+            eval_size=(0, 10_000),
+            crop_min_area=(0, 1),
+            jitter=(0, math.inf),
+            blur=(0, 1),
+            solarize=(0, 1),
+            std=(1e-6, math.inf),
+            predictor_lr=(0, math.inf),
+            batch_size=(1, math.inf),
+            accumulate=(1, math.inf),
+            epochs=(1e-6, 1_000_000),
+            base_lr=(0, math.inf),
+            warmup_epochs=(0, 1_000_000),
+            weight_decay=(0, math.inf),
+            momentum=(0, 1),
+            tau_base=(0, 1),
+        )
+        if self.jitter[3] > 0.5:
+            raise ValueError(f"--jitter ... {self.jitter[3]}: hue turns by at most 0.5 of a circle")
+        if self.norm == "gn+ws" and self.hidden_dim % 16:
+            raise ValueError(f"--hidden-dim {self.hidden_dim}: not divisible by 16 groups of gn+ws")
+        if self.norm == "bn" and self.batch_size == self.accumulate:
+            raise ValueError(
+                f"--batch-size {self.batch_size}: BatchNorm needs two images or more in each of "
+                f"the {self.accumulate} parts (--accumulate)"
+            )
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse a batch that the processes cannot share in equal parts.
+
+        Raises:
+            ValueError: with what to change.
+        """
+        if self.batch_size % world_size:
+            raise ValueError(
+                f"--batch-size {self.batch_size}: not divisible by {world_size} processes"
+            )
+        if self.batch_size % (self.accumulate * world_size):
+            parts = f"{world_size} processes times --accumulate {self.accumulate}"
+            raise ValueError(f"--batch-size {self.batch_size}: not divisible by {parts}")
+
+    def advice(self) -> list[str]:
+        """What is allowed and seldom meant."""
+        if self.warmup_epochs < self.epochs:
+            return []
+        return [
+            f"the learning rate only rises: --warmup-epochs {self.warmup_epochs:g} of --epochs "
+            f"{self.epochs:g}; try --warmup-epochs {self.epochs / 10:g}"
+        ]
+
+
+def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
+    """Check that each named field, or each number of it, is finite and from least to most.
+
+    Twin: common/config.py.
+
+    Raises:
+        ValueError: one is not; the message names its flag.
+    """
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not (least <= number <= most and abs(number) != math.inf):
+                bound = f"from {least:,}" + (f" to {most:,}" if most < math.inf else " upwards")
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {number}: must be a number {bound}")
 
 
 # No figure in the paper; a reproduction by others has 66.5 linear Top-1 (arXiv 2011.10566 Table 4).
@@ -144,12 +215,11 @@ CIFAR10 = replace(
 DEMO = replace(
     CIFAR10,
     data="demo",
-    out="runs/byol-demo",
     arch="demo",  # ours
     hidden_dim=512,  # ours
     dim=64,  # ours
     image_size=24,  # ours: crops of 32 px images, at half the cost of 32 px views
-    test_size=32,  # ours: patterns then appear about as large as in the crops
+    eval_size=32,  # ours: patterns then appear about as large as in the crops
     crop_min_area=0.2,  # ours: with 0.35 one seed of three learned no class
     jitter=(1.0, 1.0, 1.0, 0.5),  # ours: any hue, else tint tells instances apart
     solarize=(0.0, 0.0),  # ours
@@ -160,17 +230,16 @@ DEMO = replace(
     base_lr=4.0,  # ours: few steps and a small network ask for more than 2.0
     warmup_epochs=3,  # ours: a tenth of the run
     tau_base=0.97,  # CODE configs/byol.py, its shortest preset
-    save_every=5,  # ours
 )
 
-RECIPES = {
-    "demo": DEMO,
-    "cifar10": CIFAR10,
-    "imagenette": IMAGENETTE,
-    "imagenet-40ep": IMAGENET_40,
-    "imagenet-100ep": IMAGENET_100,
-    "imagenet-300ep": IMAGENET_300,
-    "imagenet": IMAGENET_1000,
-    "imagenet-b512": IMAGENET_B512,
-    "imagenet-gnws": IMAGENET_GNWS,
+RECIPES: dict[str, tuple[Config, dict[str, Any]]] = {  # and what the run needs changed
+    "demo": (DEMO, {"save_every": 5}),
+    "cifar10": (CIFAR10, {}),
+    "imagenette": (IMAGENETTE, {}),
+    "imagenet-40ep": (IMAGENET_40, {}),
+    "imagenet-100ep": (IMAGENET_100, {}),
+    "imagenet-300ep": (IMAGENET_300, {}),
+    "imagenet": (IMAGENET_1000, {}),
+    "imagenet-b512": (IMAGENET_B512, {}),
+    "imagenet-gnws": (IMAGENET_GNWS, {}),
 }

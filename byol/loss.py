@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def regression(p: Tensor, z: Tensor) -> Tensor:
+def byol_loss(p: Tensor, z: Tensor) -> Tensor:
     """The mean squared distance of unit vectors, |p/|p| - z/|z||^2 = 2 - 2 cos(p, z), 0 to 4.
 
     Averaged over processes (as DDP averages gradients) the result is the loss of the global batch.
-    The loss of a step is regression(p1, z2) + regression(p2, z1): CODE byol_experiment.py:243-250
+    The loss of a step is byol_loss(p1, z2) + byol_loss(p2, z1): CODE byol_experiment.py:243-250
     adds the two directions, as the paper does. App. J of the paper leaves out the constant 2.
 
     Args:

@@ -12,23 +12,28 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from .config import Config
-
 
 class Online(nn.Module):
-    """f, g and q with weights theta, trained by gradients; y = f(x) is the representation."""
+    """f, g and q with weights theta, trained by gradients; y = f(x) is the representation.
 
-    def __init__(self, cfg: Config) -> None:
+    Args:
+        encoder: f, any network from images to (B, F) features that has `num_features`, F. It keeps
+            the weights that it comes with; `init_weights` has those of the official code.
+        hidden_dim: width of g's and q's hidden layer.
+        dim: D.
+    """
+
+    def __init__(self, encoder: nn.Module, hidden_dim: int = 4096, dim: int = 256) -> None:
         super().__init__()
-        self.encoder = build_encoder(cfg.arch, cfg.stem)
-        self.projector = mlp(self.encoder.num_features, cfg.hidden_dim, cfg.dim)
-        self.predictor = mlp(cfg.dim, cfg.hidden_dim, cfg.dim)
-        if cfg.norm == "gn+ws":
-            group_norm_weight_standardised(self)
-        init_weights(self)
+        self.encoder = encoder
+        self.projector = mlp(encoder.num_features, hidden_dim, dim)
+        self.predictor = mlp(dim, hidden_dim, dim)
+        with torch.random.fork_rng(devices=[]):  # the caller's random stream goes on to the encoder
+            init_weights(self.projector)
+            init_weights(self.predictor)
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) twice to predictions p1, p2, (B, D) each, not normalised.
+        """(B, C, H, W) twice to predictions p1, p2, (B, D) each, not normalised.
 
         View 1 goes through, then view 2, so that BatchNorm sees the B images of one view (CODE
         byol_experiment.py:183-185). The two concatenated would give other statistics and other
@@ -54,7 +59,7 @@ class Target(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) twice to projections z1, z2, (B, D) each, not normalised."""
+        """(B, C, H, W) twice to projections z1, z2, (B, D) each, not normalised."""
         z1, z2 = (self.projector(self.encoder(view)) for view in (view1, view2))
         return z1, z2
 
@@ -67,45 +72,6 @@ def ema_(target: Target, online: Online, tau: float) -> None:
     """
     theta = [*online.encoder.parameters(), *online.projector.parameters()]
     torch._foreach_lerp_(list(target.parameters()), theta, 1 - tau)
-
-
-def build_encoder(arch: str, stem: str) -> nn.Module:
-    """A network from (B, 3, H, W) images to (B, num_features) features, torchvision's key names.
-
-    Twin: eval/encoder.py. ResNet-18 is torchvision's, without the extra shortcut of the official
-    TensorFlow code. The `cifar` stem is a 3x3 convolution of stride 1 and no max-pooling.
-    """
-    if arch == "demo":
-        return DemoEncoder()
-    encoder = getattr(torchvision.models, arch)(weights=None)
-    encoder.num_features = encoder.fc.in_features
-    encoder.fc = nn.Identity()
-    if stem == "cifar":
-        encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        encoder.maxpool = nn.Identity()
-    return encoder
-
-
-class DemoEncoder(nn.Module):
-    """Four 3x3 convolutions with BatchNorm and ReLU, then the mean over positions.
-
-    241,184 parameters, for the demo's 32 px images on a few cores.
-
-    Twin: eval/encoder.py. The first layer strides already: at full resolution it would cost more
-    than the others together.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for before, width, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1)):
-            layers += [nn.Conv2d(before, width, 3, stride, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.num_features = 128
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
 
 
 def mlp(features: int, hidden: int, dim: int) -> nn.Sequential:
@@ -147,25 +113,30 @@ def init_weights(model: nn.Module) -> None:
 def group_norm_weight_standardised(model: nn.Module) -> nn.Module:
     """Replace every BatchNorm by GroupNorm and standardise the weights of every other layer.
 
-    Twin: eval/encoder.py. Keys and shapes of the parameters stay. Only the paper's abstract was
+    Twin: common/encoders.py. Keys and shapes of the parameters stay. Only the paper's abstract was
     read: that there are 16 groups, that all layers are standardised, and that LARS and the moving
     average act on the weights before standardisation, is not verified.
+
+    Raises:
+        ValueError: a layer is of a class derived from these, which may do more than they do.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            if type(child) is nn.BatchNorm1d or type(child) is nn.BatchNorm2d:
                 setattr(module, name, nn.GroupNorm(16, child.num_features, child.eps))
-            elif isinstance(child, nn.Conv2d):
+            elif type(child) is nn.Conv2d:
                 child.__class__ = StandardisedConv2d  # the same parameters, another forward
-            elif isinstance(child, nn.Linear):
+            elif type(child) is nn.Linear:
                 child.__class__ = StandardisedLinear
+            elif isinstance(child, nn.modules.batchnorm._BatchNorm | nn.Conv2d | nn.Linear):
+                raise ValueError(f"{name}: a {type(child).__name__} has no form with GN + WS")
     return model
 
 
 def standardise(weight: Tensor, eps: float = 1e-5) -> Tensor:
     """Each output unit's weights minus their mean, divided by their deviation (arXiv 1903.10520).
 
-    Twin: eval/encoder.py. weight: (outputs, ...); the deviation is the biased one, plus `eps`.
+    Twin: common/encoders.py. weight: (outputs, ...); the deviation is the biased one, plus `eps`.
     """
     flat = weight.flatten(1)
     flat = flat - flat.mean(1, keepdim=True)
@@ -173,14 +144,14 @@ def standardise(weight: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 class StandardisedConv2d(nn.Conv2d):
-    """Twin: eval/encoder.py."""
+    """Twin: common/encoders.py."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, standardise(self.weight), self.bias)
 
 
 class StandardisedLinear(nn.Linear):
-    """Twin: eval/encoder.py."""
+    """Twin: common/encoders.py."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, standardise(self.weight), self.bias)
@@ -194,17 +165,22 @@ def globalize(model: nn.Module) -> nn.Module:
     processes: `SyncBatchNorm` on GPUs, `GlobalBatchNorm` elsewhere. Call it before DDP wraps it.
 
     Twin: simclr/model.py. Running variances are unbiased, as torch has them; TensorFlow's are not.
+
+    Raises:
+        ValueError: a layer is of a class derived from BatchNorm, which may do more than it does.
     """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return model
-    if torch.cuda.is_available():
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-                synced = GlobalBatchNorm(child.num_features, child.eps, child.momentum)
+            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+                kind = nn.SyncBatchNorm if torch.cuda.is_available() else GlobalBatchNorm
+                synced = kind(child.num_features, child.eps, child.momentum)
                 synced._parameters, synced._buffers = child._parameters, child._buffers
                 setattr(module, name, synced)
+            elif isinstance(child, nn.modules.batchnorm._BatchNorm):
+                what = f"{name}: a {type(child).__name__} does more than BatchNorm"
+                raise ValueError(f"{what}, and cannot share its statistics among processes")
     return model
 
 
@@ -221,7 +197,9 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        # torch's BatchNorm on a CPU sums in float64 too, and LARS tells the two apart
+        # In float64, so that several processes are right to float32's last bits. One on a CPU has
+        # torch's own BatchNorm, which does so for contiguous maps alone: in channels_last, and for
+        # (B, C), it keeps running sums in float32, off by up to 3e-5 of 1e5 summands.
         wide = input.double()
         axes, world = [0, *range(2, input.ndim)], dist.get_world_size()
         shape = [1, -1] + [1] * (input.ndim - 2)

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config
+from .model import Online
 
 ETA = 0.001  # trust coefficient (CODE configs/byol.py; arXiv 1708.03888)
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, adapt: bool = True, times: float = 1.0
+    model: nn.Module, weight_decay: float, lars_adaptation: bool = True, lr_multiplier: float = 1.0
 ) -> list[dict]:
     """Weights with decay and adaptation; normalisation gains and all biases with neither.
 
-    Without `adapt` the weights move by plain momentum too, which makes LARS an SGD. `times` is kept
-    in the groups: what to multiply `lr_at` by.
+    Without `lars_adaptation` the weights move by plain momentum too, which makes LARS an SGD. The
+    groups keep `lr_multiplier`, by which a step multiplies `lr_at`.
 
     CODE optimizers.py:30-35 excludes by name: `b` and modules with `norm`. In our networks these
     are exactly the parameters with one dimension.
@@ -29,9 +30,32 @@ def parameter_groups(
     params = [p for p in model.parameters() if p.requires_grad]
     weights, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
     return [
-        {"params": weights, "weight_decay": weight_decay, "adapt": adapt, "times": times},
-        {"params": others, "weight_decay": 0.0, "adapt": False, "times": times},
+        {
+            "params": weights,
+            "weight_decay": weight_decay,
+            "lars_adaptation": lars_adaptation,
+            "lr_multiplier": lr_multiplier,
+        },
+        {
+            "params": others,
+            "weight_decay": 0.0,
+            "lars_adaptation": False,
+            "lr_multiplier": lr_multiplier,
+        },
     ]
+
+
+def lars(online: Online, cfg: Config) -> "LARS":
+    """The optimiser of a run: encoder and projector at the same rate, the predictor at its own."""
+    adaptation = cfg.optimizer == "lars"
+    projection = nn.ModuleList([online.encoder, online.projector])
+    return LARS(
+        [
+            *parameter_groups(projection, cfg.weight_decay, adaptation),
+            *parameter_groups(online.predictor, cfg.weight_decay, adaptation, cfg.predictor_lr),
+        ],
+        cfg.momentum,
+    )
 
 
 class LARS(torch.optim.Optimizer):
@@ -49,7 +73,13 @@ class LARS(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Tensor] | Iterable[dict], momentum: float = 0.9, eta: float = ETA
     ) -> None:
-        settings = {"lr": 0.0, "weight_decay": 0.0, "adapt": True, "momentum": momentum, "eta": eta}
+        settings = {
+            "lr": 0.0,
+            "weight_decay": 0.0,
+            "lars_adaptation": True,
+            "momentum": momentum,
+            "eta": eta,
+        }
         super().__init__(params, settings)
 
     @torch.no_grad()
@@ -66,7 +96,7 @@ class LARS(torch.optim.Optimizer):
             grads = torch._foreach_add(
                 [p.grad for p in params], params, alpha=group["weight_decay"]
             )
-            if group["adapt"]:
+            if group["lars_adaptation"]:
                 trust = torch.stack(torch._foreach_norm(params)) * group["eta"]
                 trust /= torch.stack(torch._foreach_norm(grads))
                 trust = torch.where((trust > 0) & trust.isfinite(), trust, 1.0)

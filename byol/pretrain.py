@@ -6,133 +6,169 @@ accelerate launch --num_processes 8 -m byol.pretrain imagenet --out RUN
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+
+from common import cli
+from common.config import RunConfig
+
+from .config import RECIPES, Config
+
+if __name__ == "__main__":  # a mistake is told before torch is loaded
+    arguments = cli.run(cli.parse, "byol", Config, RECIPES, sys.argv[1:])
+
 from contextlib import nullcontext
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from common import cli
+from common import encoders
 from common.data import open_images
-from common.run import DTYPES, Run, launch
-from common.views import Pairs
-from eval import health
-from eval.encoder import Input, metadata
-from eval.knn import Monitor
+from common.errors import one_line
+from common.launch import launch
+from common.run import Run
+from common.views import ViewPairs
+from eval.encoder import Preprocess, export_metadata
+from eval.knn import online_knn
 
 from . import augment
-from .config import RECIPES, Config
-from .loss import chance_loss, regression
-from .model import Online, Target, ema_, globalize
-from .optim import LARS, lr_at, parameter_groups, tau_at, total_steps
+from .loss import byol_loss, chance_loss
+from .model import (
+    Online,
+    Target,
+    ema_,
+    globalize,
+    group_norm_weight_standardised,
+    init_weights,
+)
+from .optim import lars, lr_at, tau_at, total_steps
+
+Step = tuple[int, tuple[Tensor, Tensor]]
 
 
-def main() -> None:
-    recipe, cfg = cli.parse(Config, RECIPES, sys.argv[1:], "python -m byol.pretrain")
-    accelerator = launch(cfg.precision, cfg.processes)
-    dtype = DTYPES.get(cfg.precision, torch.float32)
-    columns = {"image_column": cfg.image_column, "label_column": cfg.label_column}
+def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
+    """Open images and run, build the networks, and train what is left to train."""
+    accelerator = launch(run_cfg, one_thread=cfg.arch == "demo")
+    images = open_images(cfg.data, run_cfg.split, **run_cfg.columns)
+    steps = total_steps(cfg, len(images))
+    run = Run("byol", recipe, RECIPES[recipe], cfg, run_cfg, accelerator, images, steps)
+    pairs = ViewPairs.of_run(
+        images,
+        augment.views(cfg),
+        batch_size=cfg.batch_size,
+        run=run_cfg,
+        accelerator=accelerator,
+    )
 
-    # images in, view pairs out
-    images = open_images(cfg.data, cfg.split, **columns)
-    cli.check_batch(cfg.batch_size, len(images), accelerator.num_processes)
-    check_sizes(cfg, accelerator.num_processes)
-    run = Run(cfg, "byol", recipe, accelerator, len(images), total_steps(cfg, len(images)))
-    if cfg.warmup_epochs >= cfg.epochs:
-        given = f"--warmup-epochs {cfg.warmup_epochs:g} of --epochs {cfg.epochs:g}"
-        run.say(f"the learning rate only rises: {given}; try --warmup-epochs {cfg.epochs / 10:g}")
-    run.say(images.load(cfg.memory_gb))
-    pairs = Pairs.of_run(images, augment.views(cfg), cfg, accelerator, dtype=dtype)
-
-    # online and target, the optimiser, and what goes into a checkpoint
-    set_seed(cfg.seed)
-    network = globalize(Online(cfg)).to(dtype=dtype, memory_format=torch.channels_last)
+    # online and target, and the optimiser
+    set_seed(run_cfg.seed)
+    name = encoders.full_name(cfg.arch, cfg.stem)
+    network = Online(encoders.build(name, image_size=cfg.image_size), cfg.hidden_dim, cfg.dim)
+    with one_line():
+        if cfg.norm == "gn+ws":
+            group_norm_weight_standardised(network)
+        if not encoders.is_of_timm(name):  # those keep their library's initial weights
+            init_weights(network)
+        globalize(network).to(dtype=run.dtype, memory_format=torch.channels_last)
     target = Target(network).to(accelerator.device)
-    if cfg.compile:
+    if run_cfg.compile:
         network.encoder.compile()
         target.encoder.compile()
-    decay, adapt = cfg.weight_decay, cfg.optimizer == "lars"
-    groups = parameter_groups(nn.ModuleList([network.encoder, network.projector]), decay, adapt)
-    groups += parameter_groups(network.predictor, decay, adapt, times=cfg.predictor_lr)
-    optimizer = LARS(groups, cfg.momentum)
-    state = {"online": network, "target": target, "optimizer": optimizer}
-    run.resume(state)
+    optimizer = lars(network, cfg)
+
+    # a checkpoint's state, what is exported, and how it is measured
+    preprocess = Preprocess.of(cfg.eval_size or cfg.image_size, mean=cfg.mean, std=cfg.std)
+    run.open(
+        state={"online": network, "target": target, "optimizer": optimizer},
+        encoder=network.encoder,
+        head=network.projector,
+        metadata=export_metadata(name, network.encoder, preprocess, cfg.published, cfg.norm),
+        measures=online_knn(run, preprocess, knn=network.encoder),
+    )
     online, optimizer = accelerator.prepare(network, optimizer)
-
-    # how the online encoder is judged, now by the kNN monitor and later by eval/
-    given = Input.of(cfg.test_size or cfg.image_size, mean=cfg.mean, std=cfg.std)
-    about = metadata(cfg.arch, cfg.stem, given, cfg.published) | {"norm": cfg.norm}
-    monitor = Monitor.of_run(run, given, columns)
-
-    chance = chance_loss()
-    run.say(f"loss at chance {chance:.3f} = 2 + 2; low is not good: see feature_std")
-    losses: list[Tensor] = []
-    for step, (view1, view2), last in micro_batches(run.steps(pairs), cfg.accumulate):
-        with nullcontext() if last else accelerator.no_sync(online):
-            p1, p2 = online(view1, view2)  # (B, D) each
-            with torch.no_grad(), accelerator.autocast():
-                z1, z2 = target(view1, view2)  # (B, D) each, no gradient
-            loss = regression(p1, z2) + regression(p2, z1)  # Eq. 2, both ways
-            accelerator.backward(loss / cfg.accumulate)
-        losses.append(loss.detach())
-        if not last:
-            continue
-        for group in optimizer.param_groups:
-            group["lr"] = group["times"] * lr_at(step, cfg, len(images))
-        optimizer.step()
-        optimizer.zero_grad()
-        if not optimizer.step_was_skipped:  # fp16: after an overflow nothing moves
-            ema_(target, network, tau_at(step, cfg, len(images)))  # Eq. 1, with the new weights
-
-        if step == run.first:
-            run.log_views(step, view1, view2)
-        if run.logs(step):
-            figures = health.panel(*accelerator.gather((z1, z2)))
-            run.warn_once(health.diagnosis(figures))
-            run.log(step, loss=sum(losses) / cfg.accumulate, chance_loss=chance, **figures)
-            run.log(step, lr=lr_at(step, cfg, len(images)), tau=tau_at(step, cfg, len(images)))
-        if monitor and run.due(step, cfg.knn_every):
-            run.log(step, knn=monitor(network.encoder, accelerator.device))
-        if run.due(step, cfg.save_every):
-            run.export(step + 1, network.encoder, network.projector, **about)
-            run.save(step + 1, state)
-        losses.clear()
+    run.print(f"loss at chance {chance_loss():.3f} = 2 + 2; low is not good: see feature_std")
+    loop = train_in_parts if cfg.accumulate > 1 else train
+    loop(cfg, len(images), accelerator, online, target, optimizer, run.steps(pairs), run.end_step)
     run.finish()
 
 
-def micro_batches(
-    steps: Iterable[tuple[int, tuple[Tensor, Tensor]]], parts: int
-) -> Iterator[tuple[int, tuple[Tensor, Tensor], bool]]:
-    """(step, part of the two views, whether it is the step's last) for equal parts of each step.
+def train(
+    cfg: Config,
+    count: int,
+    accelerator: Accelerator,
+    online: nn.Module,
+    target: Target,
+    optimizer: torch.optim.Optimizer,
+    steps: Iterable[Step],
+    end_step: Callable[..., None],
+) -> None:
+    """Algorithm 1.
 
-    A part takes every `parts`-th image, so that it holds the same images on any number of
-    processes, and BatchNorm, which sees one part at a time, has the same statistics.
+    Args:
+        count: images in an epoch, by which learning rate and tau change.
+        online, optimizer: as `accelerator.prepare` gives them. Under fp16 a step whose gradients
+            overflow is skipped.
+        steps: (step, (view1, view2)) for every step to do, (B, C, H, W) each, of this process.
+        end_step: called after each step with its views, embeddings and metrics.
     """
+    network = accelerator.unwrap_model(online)
     for step, (view1, view2) in steps:
-        for i in range(parts):
-            yield step, (view1[i::parts], view2[i::parts]), i + 1 == parts
+        p1, p2 = online(view1, view2)  # (B, D) each
+        with torch.no_grad(), accelerator.autocast():
+            z1, z2 = target(view1, view2)  # (B, D) each, no gradient
+        loss = byol_loss(p1, z2) + byol_loss(p2, z1)  # Eq. 2, both ways
+        accelerator.backward(loss)
+        lr, tau = lr_at(step, cfg, count), tau_at(step, cfg, count)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr_multiplier"] * lr
+        optimizer.step()
+        optimizer.zero_grad()
+        if not optimizer.step_was_skipped:
+            ema_(target, network, tau)  # Eq. 1, with the new weights
+        metrics = {"loss": loss, "chance_loss": chance_loss(), "lr": lr, "tau": tau}
+        end_step(step, (view1, view2), (z1, z2), **metrics)
 
 
-def check_sizes(cfg: Config, processes: int) -> None:
-    """Refuse parts of a batch that are unequal or too small to normalise, and impossible widths.
+def train_in_parts(
+    cfg: Config,
+    count: int,
+    accelerator: Accelerator,
+    online: nn.Module,
+    target: Target,
+    optimizer: torch.optim.Optimizer,
+    steps: Iterable[Step],
+    end_step: Callable[..., None],
+) -> None:
+    """Algorithm 1 with the batch of a step in `cfg.accumulate` equal parts (Sec. 5).
 
-    Raises:
-        UserError: with what to change.
+    Cousin of `train`: the gradients of the parts are added up before the one update. A part takes
+    every `accumulate`-th image, so that it holds the same images on any number of processes, and
+    BatchNorm, which sees one part at a time, has the same statistics.
     """
-    if cfg.batch_size % (cfg.accumulate * processes):
-        parts = f"{processes} processes times --accumulate {cfg.accumulate}"
-        raise cli.UserError(f"--batch-size {cfg.batch_size}: not divisible by {parts}")
-    if cfg.norm == "bn" and cfg.batch_size == cfg.accumulate:
-        raise cli.UserError(
-            f"--batch-size {cfg.batch_size}: BatchNorm needs two images or more in each of the "
-            f"{cfg.accumulate} parts (--accumulate)"
-        )
-    if cfg.norm == "gn+ws" and cfg.hidden_dim % 16:
-        raise cli.UserError(f"--hidden-dim {cfg.hidden_dim}: not divisible by 16 groups of gn+ws")
-    if cfg.jitter[3] > 0.5:
-        raise cli.UserError(f"--jitter ... {cfg.jitter[3]}: hue turns by at most 0.5 of the circle")
+    network, parts = accelerator.unwrap_model(online), cfg.accumulate
+    for step, (view1, view2) in steps:
+        losses = []
+        for i in range(parts):
+            part1, part2 = view1[i::parts], view2[i::parts]
+            with nullcontext() if i + 1 == parts else accelerator.no_sync(online):
+                p1, p2 = online(part1, part2)
+                with torch.no_grad(), accelerator.autocast():
+                    z1, z2 = target(part1, part2)
+                loss = byol_loss(p1, z2) + byol_loss(p2, z1)
+                accelerator.backward(loss / parts)
+            losses.append(loss.detach())
+        lr, tau = lr_at(step, cfg, count), tau_at(step, cfg, count)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr_multiplier"] * lr
+        optimizer.step()
+        optimizer.zero_grad()
+        if not optimizer.step_was_skipped:
+            ema_(target, network, tau)
+        mean = sum(losses) / parts
+        metrics = {"loss": mean, "chance_loss": chance_loss(), "lr": lr, "tau": tau}
+        end_step(step, (view1, view2), (z1, z2), **metrics)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, *arguments)

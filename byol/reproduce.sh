@@ -14,10 +14,12 @@ launch=${LAUNCH:-python -m}
 once() { [ "$run/results/$1.json" -nt "$run/encoder.safetensors" ] || "${@:2}"; }
 
 $launch byol.pretrain "$recipe" ${2:+--data "$2"} --out "$run" "${@:4}"
-if [ "$recipe" = demo ]; then # seconds on a CPU, with the floor and the ceiling beside it
-    once knn200-random python -m eval.knn "$run" --baselines pixels random
-    once linear-features-random python -m eval.linear "$run" --protocol features --baselines pixels random
-    once finetune-100-simclr-random python -m eval.finetune "$run" --weights random --epochs 20 --base-lr 0.2
+if [ "$recipe" = demo ]; then # small enough for one thread, and for the floor and the ceiling beside it
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    once finetune-100-simclr-random python -m eval \
+        knn "$run" --baselines pixels random -- \
+        linear "$run" --protocol features --baselines pixels random -- \
+        finetune "$run" --weights random --epochs 20 --base-lr 0.2
 else
     once knn200-encoder python -m eval.knn "$run"
     once linear-byol-encoder python -m eval.linear "$run"

@@ -1,41 +1,58 @@
-"""Batched views: a torchvision v2 composition, drawn per image and run on whole batches.
+"""Batched views: a torchvision composition, drawn per image and run on whole batches.
 
 `Batched(transform)` compiles the composition of a method's `augment.py` into steps on batches, on
 whatever device the images are. Every parameter is a pure function of uniforms that the caller draws
 for the global batch and slices by rank, so that the views do not depend on the number of processes
 or on what was drawn before. The pixels are torchvision's, to the rounding of the floats.
 
-Whatever says what happens to an image (boxes, factors, choices) is worked out on the CPU, for the
-whole batch, and only then sent to the images' device: nothing here waits for an accelerator. The
-pixels then go through all steps: small images many at a time, so that an operation is long beside
-the call of it; on a processor large ones one by one, while they are in its cache.
+A transform that has no step here runs image by image, as in a `Dataset`, with the global random
+generators seeded by one of these uniforms. It is slower and gives the same guarantees.
+
+Whatever says what happens to an image (boxes, factors, choices) is computed on the CPU, for the
+whole batch, and only then sent to the images' device: no batched step waits for an accelerator. The
+pixels then go through all steps: small images many at a time, so that an operation takes long
+compared with its call; on a processor large images one by one, while they are in its cache.
+
+This file imports only the standard library, torch and torchvision, so it can be copied by itself.
 
 B images, C = 3 channels, H x W the canvas, h x w the size after the crop.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 
 TRIES = 10  # boxes that torchvision's RandomResizedCrop proposes before it falls back
-BOX_DRAWS = 2 * TRIES + 2  # their areas and aspect ratios, and one place
+BOX_DRAWS = 2 * TRIES + 2  # their areas and aspect ratios, and one position
+INTERPOLATIONS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC, "bilinear", "bicubic")
 SMALL = 128  # pixels: a side up to which a resize is quickest as one product for many images
 BLOCK = 32  # output pixels that a product makes at once where the image is larger
 CPU, DEVICE = 2**22, 2**30  # bytes of pixels at a time, on a processor and on an accelerator
 
-# Once 31 MiB are freed, glibc keeps twice as much, and does not fault in what it gave back a moment
-# ago: views take half the time. Much of training frees as much anyway.
-torch.empty(31 * 2**20, dtype=torch.uint8)
+
+class ViewError(ValueError):
+    """A transform's results cannot become a batch of views; the message is one line."""
 
 
 class Batched:
-    """A torchvision v2 composition, drawn per image and run on whole batches.
+    """A torchvision composition, drawn per image and run on whole batches.
+
+    Any transform is accepted. One without a batched step (`RandomRotation`, a v1 transform, a plain
+    function) runs image by image, in its place in the composition. It gets what torchvision would
+    hand it there in a `Dataset`: a (C, H, W) CPU tensor of the image's own size, uint8 before the
+    conversion to float and in [0, 1] after it (a PIL image after `ToPILImage`). The global CPU
+    generators of torch, NumPy and Python are seeded for that image and restored afterwards.
 
     Args:
         transform: the composition, as one would give it to a dataset.
@@ -43,19 +60,16 @@ class Batched:
 
     Attributes:
         draws: the number of uniforms that each image needs.
-
-    Raises:
-        ValueError: a transform has no batched form; the message names it and the way out.
+        unbatched: the names of the transforms that run image by image, without duplicates.
     """
 
-    def __init__(self, transform: v2.Transform, dtype: torch.dtype = torch.float32):
+    def __init__(self, transform: Callable, dtype: torch.dtype = torch.float32):
         self.transform, self.dtype = transform, dtype
-        transforms = _after_to_float(_flatten([transform]))
-        self.crops_first = bool(transforms) and isinstance(transforms[0], v2.RandomResizedCrop)
-        self.steps = _compile(transforms, dtype)
-        self.draws = sum(step.draws for step in self.steps)
+        self.stages = _compile(_parts(_flatten([transform]), dtype), dtype)
+        self.draws = sum(stage.draws for stage in self.stages)
+        self.unbatched = _unique(name for stage in self.stages for name in stage.unbatched)
 
-    def __reduce__(self) -> tuple:  # the steps are closures, which a worker cannot be sent
+    def __reduce__(self) -> tuple:  # the stages are closures, which cannot be pickled for a worker
         return Batched, (self.transform, self.dtype)
 
     @torch.no_grad()
@@ -66,40 +80,69 @@ class Batched:
             images: (B, C, H, W), uint8, or floating point in [0, 1]; never written to.
             uniforms: (B, draws) in [0, 1), float32 or float64, on the CPU.
             sizes: (B, 2) integers on the CPU: the (height, width) in pixels of each image, at the
-                top left of its canvas; None where all fill it. Needs a crop as the first step.
+                top left of its canvas; None where all images fill it.
 
         Raises:
-            ValueError: the uniforms or the sizes fit neither the images nor the composition.
+            ValueError: the uniforms fit neither the images nor the composition.
+            ViewError: a `ValueError`; the views differ in size, or a transform returns no image.
         """
         if uniforms.shape != (len(images), self.draws) or uniforms.device.type != "cpu":
             raise ValueError(
                 f"uniforms must be {(len(images), self.draws)} on the CPU, "
                 f"not {tuple(uniforms.shape)} on {uniforms.device}"
             )
-        if sizes is not None and not self.crops_first:
-            raise ValueError("sizes need a composition that begins with RandomResizedCrop")
-        canvas = torch.tensor(images.shape[-2:])
-        sizes = canvas.expand(len(images), 2) if sizes is None else sizes
-        parameters, size = _draw(self.steps, uniforms.double(), sizes)
-        shape = (*images.shape[:2], *(size or images.shape[-2:]))
-        views = images.new_empty(shape, dtype=self.dtype)
+        sizes = _full_sizes(images) if sizes is None else sizes
+        floating = torch.full((len(images),), images.is_floating_point())
+        batch = _run_stages(self.stages, Canvas(images, sizes, floating), uniforms.double())
+        if not batch.is_full():
+            small, *_, large = batch.sizes.unique(dim=0).tolist()
+            raise ViewError(
+                f"views of different sizes, {small[0]}x{small[1]} and {large[0]}x{large[1]}, "
+                "cannot be stacked: end the composition with a crop or a resize to one size"
+            )
+        if batch.images is images or batch.images.dtype != self.dtype:
+            return to_float(batch.images, self.dtype).contiguous()
+        return batch.images
 
-        with torch.inference_mode():  # cheaper calls; the views themselves may be trained on
-            for part in _chunks(images, self.dtype):
-                chunk = images[part] if self.crops_first else to_float(images[part], self.dtype)
-                views[part] = _run(self.steps, chunk, _take(parameters, part))
-        return views
+
+# A composition is a sequence of stages; what passes from one to the next is a canvas
 
 
-# From transforms to steps
+class Canvas(NamedTuple):
+    """Images of any sizes, each at the top left of its row."""
+
+    images: Tensor  # (B, C, H, W), uint8 or floating point
+    sizes: Tensor  # (B, 2) int64 on the CPU: height and width
+    floating: Tensor  # (B,) bool on the CPU: given as floats, or returned as such
+
+    def is_full(self) -> bool:
+        """All images fill the canvas."""
+        return bool((self.sizes == _full_sizes(self.images)).all())
+
+    def cut(self) -> list[Tensor]:
+        """The images, each (C, h, w) of its own size; no copies."""
+        sizes = self.sizes.tolist()
+        return [image[:, :h, :w] for image, (h, w) in zip(self.images, sizes, strict=True)]
+
+
+class Stage(NamedTuple):
+    """A stretch of the composition.
+
+    `run(canvas, uniforms)`: the canvas after it; uniforms: (B, draws).
+    `unbatched`: the names of the transforms in it that run image by image.
+    """
+
+    draws: int
+    run: Callable[[Canvas, Tensor], Canvas]
+    unbatched: Sequence[str] = ()
 
 
 class Step(NamedTuple):
-    """A compiled transform, in two halves: what happens to each image, and its happening.
+    """A batched transform in two halves: drawing its parameters, and applying it.
 
     `draw(uniforms, sizes)`: (B, draws) and (B, 2) to parameters, tuples of (B, ...) tensors.
     `run(images, *parameters)`: some of the images, which it may write to, and their parameters.
-    `size`: (h, w) of the result, where that is not the images' own.
+    `size`: (h, w) of the result of a crop; None where the size stays.
     """
 
     draws: int
@@ -108,99 +151,150 @@ class Step(NamedTuple):
     size: Sequence[int] | None = None
 
 
-def _fixed(run: Callable[[Tensor], Tensor]) -> Step:
-    return Step(0, lambda *_: (), run)
+Format = Literal["uint8", "float", "PIL"]  # of an image, at some place in torchvision's composition
 
 
-def _draw(steps: Sequence[Step], uniforms: Tensor, sizes: Tensor) -> tuple[tuple, Any]:
-    """The parameters of each step, from its own columns of the uniforms, and the final size."""
-    parameters, size = [], None
-    columns = uniforms.split([step.draws for step in steps], dim=1)
-    for step, own in zip(steps, columns, strict=True):
-        parameters.append(step.draw(own, sizes))
-        if step.size:
-            size, sizes = step.size, torch.tensor(step.size).expand(len(sizes), 2)
-    return tuple(parameters), size
+class Unbatched(NamedTuple):
+    """A transform that runs image by image, and the format of the images that it gets."""
+
+    transform: Callable
+    format: Format
+    name: str | None = None  # None: a conversion between two such transforms
 
 
-def _run(steps: Sequence[Step], images: Tensor, parameters: tuple) -> Tensor:
-    for step, own in zip(steps, parameters, strict=True):
-        images = step.run(images, *own)
-    return images
+def _run_stages(stages: Sequence[Stage], canvas: Canvas, uniforms: Tensor) -> Canvas:
+    columns = uniforms.split([stage.draws for stage in stages], dim=1)
+    for stage, stage_uniforms in zip(stages, columns, strict=True):
+        canvas = stage.run(canvas, stage_uniforms)
+    return canvas
 
 
-def _chunks(images: Tensor, dtype: torch.dtype) -> list[slice]:
-    """As many images at a time as are quickest; on a processor large ones one by one."""
-    each = max(1, images[:1].numel() * dtype.itemsize)
-    room = CPU if images.device.type == "cpu" else DEVICE
-    count = 1 if room == CPU and _large(images) else max(1, room // each)
-    return [slice(i, i + count) for i in range(0, len(images), count)]
+def _full_sizes(images: Tensor) -> Tensor:
+    return torch.tensor(images.shape[2:]).expand(len(images), 2)
 
 
-def _large(images: Tensor) -> bool:
-    return images.shape[2:].numel() > SMALL**2
+def _pad(images: Sequence[Tensor], floating: Tensor, dtype: torch.dtype) -> Canvas:
+    """The images, each (C, h, w) uint8 or floating point, on one canvas."""
+    channels = sorted({len(image) for image in images})
+    if len(channels) > 1:
+        raise ViewError(
+            f"images of {channels[0]} and {channels[-1]} channels cannot be stacked: "
+            "add a conversion to RGB to the composition"
+        )
+    if len({image.dtype for image in images}) > 1:
+        images = [to_float(image, dtype) for image in images]
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    canvas = images[0].new_zeros(len(images), *channels, *sizes.amax(0).tolist())
+    for row, image in zip(canvas, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return Canvas(canvas, sizes, floating)
 
 
-def _take(parameters: Any, index: slice | Tensor) -> Any:
-    """The parameters of some of the images."""
-    if isinstance(parameters, Tensor):
-        return parameters[index]
-    if isinstance(parameters, Taps):
-        return Taps(parameters.first[index], parameters.weights[index])
-    return tuple(_take(each, index) for each in parameters)
+# From transforms to steps and stages
 
 
 def _flatten(transforms: Sequence) -> list:
     """The transforms in order, without nesting and without identities."""
     flat = []
     for transform in transforms:
-        match transform:
-            case v2.Compose():
-                flat += _flatten(transform.transforms)
-            case v2.Identity():
-                pass
-            case _:
-                flat.append(transform)
+        if type(transform) in (v2.Compose, v1.Compose):
+            flat += _flatten(transform.transforms)
+        elif type(transform) is not v2.Identity:
+            flat.append(transform)
     return flat
 
 
-def _after_to_float(transforms: list) -> list:
-    """Without the conversions at the front, which are `Batched.__call__`'s own first act."""
-    match transforms:
-        case [v2.ToImage(), *rest]:
-            return _after_to_float(rest)
-        case [v2.ToDtype(dtype=torch.dtype(is_floating_point=True), scale=True), *rest]:
-            return _after_to_float(rest)
+def _compile(parts: Sequence, dtype: torch.dtype, nested: bool = False) -> list[Stage]:
+    """Stages, each of as many neighbouring parts as can run together."""
+    stages: list[Stage] = []
+    only_steps = not nested and all(isinstance(part, Step) for part in parts)
+    for _, neighbours in groupby(parts, key=type):
+        match list(neighbours):
+            case [Step(), *_] as steps:
+                stages.append(_batched_stage(steps, dtype, crops_together=only_steps))
+            case [Unbatched(), *_] as unbatched:
+                stages.append(_unbatched_stage(unbatched, dtype))
+            case compiled:
+                stages += compiled
+    return stages
+
+
+def _parts(
+    transforms: Sequence[Callable], dtype: torch.dtype, image_format: Format = "uint8"
+) -> list[Any]:
+    """The parts (`Step`, `Stage` or `Unbatched`) of flattened transforms.
+
+    Batched steps compute in floats wherever they stand, so a conversion is not a part. It decides
+    the format that later unbatched transforms get; only between two of them is it carried out. A
+    flip right after a crop becomes part of the crop.
+    """
+    parts: list[Any] = []
+    previous = None
+    for transform in transforms:
+        if conversion := _conversion(transform, dtype, image_format):
+            convert, image_format = conversion
+            if parts and isinstance(parts[-1], Unbatched):
+                parts.append(Unbatched(convert, image_format))
+        else:
+            pair = type(previous), type(transform)
+            if pair == (v2.RandomResizedCrop, v2.RandomHorizontalFlip) and type(parts[-1]) is Step:
+                parts[-1] = _crop_step(previous, transform, dtype)
+            else:
+                parts.append(_part(transform, dtype, image_format))
+            match transform:
+                case v2.Normalize():  # torchvision refuses it on uint8
+                    image_format = "float"
+                case v2.ToDtype(dtype=torch.uint8):
+                    image_format = "uint8"
+        previous = transform
+    return parts
+
+
+def _conversion(
+    transform: Callable, dtype: torch.dtype, image_format: Format
+) -> tuple[Callable, Format] | None:
+    """For a conversion, a function that converts one image and the format after it; else None."""
+    match transform:
+        case v2.ToImage() | v2.ToPureTensor() | v2.PILToTensor() | v1.PILToTensor():
+            return v2.ToImage(), "uint8" if image_format == "PIL" else image_format
+        case (
+            v2.ToDtype(dtype=torch.dtype(is_floating_point=True), scale=True)
+            | v2.ConvertImageDtype(dtype=torch.dtype(is_floating_point=True))
+            | v1.ConvertImageDtype(dtype=torch.dtype(is_floating_point=True))
+            | v2.ToTensor()
+            | v1.ToTensor()
+        ):
+            return v2.Compose([v2.ToImage(), v2.ToDtype(dtype, scale=True)]), "float"
+        case v2.ToDtype(dtype=torch.uint8, scale=True) if image_format == "uint8":
+            return transform, image_format
+        case v2.ToPILImage(mode=None) | v1.ToPILImage(mode=None):
+            return transform, "PIL"
         case _:
-            return transforms
+            return None
 
 
-def _compile(transforms: Sequence, dtype: torch.dtype) -> list[Step]:
-    """The steps of flattened transforms; a flip right after a crop becomes part of the crop."""
-    match transforms:
-        case [v2.RandomResizedCrop() as crop, v2.RandomHorizontalFlip() as flip, *rest]:
-            return [_crop_step(crop, flip, dtype), *_compile(rest, dtype)]
-        case [v2.RandomResizedCrop() as crop, *rest]:
-            return [_crop_step(crop, None, dtype), *_compile(rest, dtype)]
-        case [transform, *rest]:
-            return [_step(transform, dtype), *_compile(rest, dtype)]
-        case _:
-            return []
-
-
-def _step(transform: v2.Transform, dtype: torch.dtype) -> Step:
+def _part(
+    transform: Callable, dtype: torch.dtype, image_format: Format
+) -> Step | Stage | Unbatched:
+    if type(transform) is not getattr(v2, type(transform).__name__, None):
+        return _unbatched(transform, image_format)  # a subclass of torchvision's may do anything
     match transform:
         case v2.RandomApply(transforms=inner, p=p):
-            inner = _flatten(inner)
-            if any(isinstance(t, v2.RandomResizedCrop) for t in inner):
-                raise _refusal(transform, "a crop for some of the images only")
-            return _chance(p, _compile(inner, dtype))
+            parts = _parts(_flatten(inner), dtype, image_format)
+            steps = [part for part in parts if isinstance(part, Step) and not part.size]
+            if len(steps) == len(parts):
+                return _chance(p, steps)
+            return _chance_stage(p, _compile(parts, dtype, nested=True), dtype)
         case v2.RandomHorizontalFlip(p=p):
             return _chance(p, [_fixed(lambda images: images.flip(-1))])
         case v2.RandomGrayscale(p=p):
             return _chance(p, [_fixed(grayscale)])
         case v2.RandomSolarize(p=p, threshold=threshold):
+            if threshold > 1 and image_format != "float":  # a threshold for the integers 0..255
+                threshold = (threshold - 0.5) / 255
             return _chance(p, [_fixed(partial(solarize, threshold=threshold))])
+        case v2.RandomResizedCrop(antialias=True) if transform.interpolation in INTERPOLATIONS:
+            return _crop_step(transform, None, dtype)
         case v2.ColorJitter():
             return _jitter_step(transform)
         case v2.GaussianBlur(kernel_size=kernel, sigma=(low, high)):
@@ -214,7 +308,159 @@ def _step(transform: v2.Transform, dtype: torch.dtype) -> Step:
         case v2.Lambda(lambd=partial(func=torch.clamp, args=(), keywords=bounds)):
             return _fixed(lambda images: images.clamp_(**bounds))
         case _:
-            raise _refusal(transform)
+            return _unbatched(transform, image_format)
+
+
+def _unbatched(transform: Callable, image_format: Format) -> Unbatched:
+    name = getattr(transform, "__name__", type(transform).__name__)
+    return Unbatched(transform, image_format, name)
+
+
+# Image by image
+
+
+def _unbatched_stage(parts: Sequence[Unbatched], dtype: torch.dtype) -> Stage:
+    """All the transforms on one image after the other; the one uniform is the image's seed."""
+    names = _unique(part.name for part in parts if part.name)
+
+    def run(canvas: Canvas, uniforms: Tensor) -> Canvas:
+        if len(uniforms) == 0:
+            return canvas
+        seeds = (uniforms[:, 0] * 2**32).long().tolist()  # torch ignores higher bits
+        images = canvas._replace(images=canvas.images.cpu()).cut()
+        results = []
+        with _restored_generators(), torch.autocast("cpu", enabled=False):
+            for image, floating, seed in zip(images, canvas.floating, seeds, strict=True):
+                _seed_generators(seed)
+                result = _formatted(image, parts[0].format, bool(floating), dtype)
+                for part in parts:
+                    result = part.transform(result)
+                results.append(_as_tensor(result, names[-1]))
+        floating = torch.tensor([image.is_floating_point() for image in results])
+        canvas_after = _pad(results, floating, dtype)
+        return canvas_after._replace(images=send(canvas_after.images, canvas.images.device))
+
+    return Stage(1, run, names)
+
+
+@contextlib.contextmanager
+def _restored_generators() -> Iterator[None]:
+    """Leaves the global CPU generators of torch, Python and NumPy as they were."""
+    numpy = sys.modules["numpy"]  # which torchvision has imported
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=()):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            numpy.random.set_state(numpy_state)
+
+
+def _seed_generators(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` seeds the accelerators' too
+    random.seed(seed)
+    sys.modules["numpy"].random.seed(seed)
+
+
+def _formatted(image: Tensor, image_format: Format, floating: bool, dtype: torch.dtype) -> Any:
+    """A copy of the image, (C, h, w), in the format that a transform gets."""
+    if image_format == "float" or (floating and image_format != "PIL"):
+        return to_float(image, dtype).contiguous()
+    if image.is_floating_point():  # a batched step's result, which torchvision would round too
+        image = image.mul(255).round_().clamp_(0, 255).to(torch.uint8)
+    image = image.clone(memory_format=torch.contiguous_format)
+    return v2.functional.to_pil_image(image) if image_format == "PIL" else image
+
+
+def _as_tensor(image: Any, name: str) -> Tensor:
+    """A transform's result (a tensor, an array or a PIL image) as (C, h, w), uint8 or floats."""
+    try:
+        tensor = v2.functional.to_image(image).as_subclass(Tensor)
+    except TypeError:
+        raise ViewError(f"{name} returns a {type(image).__name__}, not an image") from None
+    if tensor.dim() != 3:
+        raise ViewError(f"{name} returns a tensor {tuple(tensor.shape)}, not one image (C, H, W)")
+    if tensor.dtype == torch.uint8 or tensor.is_floating_point():
+        return tensor
+    return v2.functional.to_dtype(tensor, torch.float32, scale=True)
+
+
+# In batches
+
+
+def _batched_stage(steps: Sequence[Step], dtype: torch.dtype, crops_together: bool) -> Stage:
+    """The steps on all images at once, if these have one size, or a crop comes first.
+
+    A crop ignores the padding except for rounding in floats, which a later transform may amplify
+    where it converts to uint8. `crops_together` says that none does.
+    """
+
+    def run(canvas: Canvas, uniforms: Tensor) -> Canvas:
+        if (crops_together and steps[0].size) or canvas.is_full():
+            views = _run_steps(steps, canvas.images, uniforms, canvas.sizes, dtype)
+            return Canvas(views, _full_sizes(views), canvas.floating)
+        alone = [
+            _run_steps(steps, image[None], uniforms[i : i + 1], canvas.sizes[i : i + 1], dtype)[0]
+            for i, image in enumerate(canvas.cut())
+        ]
+        return _pad(alone, canvas.floating, dtype)
+
+    return Stage(sum(step.draws for step in steps), run)
+
+
+def _run_steps(
+    steps: Sequence[Step], images: Tensor, uniforms: Tensor, sizes: Tensor, dtype: torch.dtype
+) -> Tensor:
+    parameters, size = _draw(steps, uniforms, sizes)
+    views = images.new_empty((*images.shape[:2], *(size or images.shape[2:])), dtype=dtype)
+    with torch.inference_mode():  # cheaper calls; the views themselves may be trained on
+        for part in _chunks(images, dtype):
+            # A crop converts only what it needs.
+            chunk = images[part] if steps[0].size else to_float(images[part], dtype)
+            views[part] = _run(steps, chunk, _take(parameters, part))
+    return views
+
+
+def _draw(steps: Sequence[Step], uniforms: Tensor, sizes: Tensor) -> tuple[tuple, Any]:
+    """The parameters of each step, from its columns of the uniforms, and the final size."""
+    parameters, size = [], None
+    columns = uniforms.split([step.draws for step in steps], dim=1)
+    for step, step_uniforms in zip(steps, columns, strict=True):
+        parameters.append(step.draw(step_uniforms, sizes))
+        if step.size:
+            size, sizes = step.size, torch.tensor(step.size).expand(len(sizes), 2)
+    return tuple(parameters), size
+
+
+def _run(steps: Sequence[Step], images: Tensor, parameters: tuple) -> Tensor:
+    for step, step_parameters in zip(steps, parameters, strict=True):
+        images = step.run(images, *step_parameters)
+    return images
+
+
+def _chunks(images: Tensor, dtype: torch.dtype) -> list[slice]:
+    """As many images at a time as are quickest; on a processor large ones one by one."""
+    image_bytes = max(1, images[:1].numel() * dtype.itemsize)
+    chunk_bytes = CPU if images.device.type == "cpu" else DEVICE
+    count = 1 if chunk_bytes == CPU and _large(images) else max(1, chunk_bytes // image_bytes)
+    return [slice(i, i + count) for i in range(0, len(images), count)]
+
+
+def _large(images: Tensor) -> bool:
+    return images.shape[2:].numel() > SMALL**2
+
+
+def _take(parameters: Any, index: slice | Tensor) -> Any:
+    """The parameters of some of the images."""
+    if isinstance(parameters, Tensor):
+        return parameters[index]
+    if isinstance(parameters, Taps):
+        return Taps(parameters.first[index], parameters.weights[index])
+    return tuple(_take(parameter, index) for parameter in parameters)
+
+
+def _fixed(run: Callable[[Tensor], Tensor]) -> Step:
+    return Step(0, lambda *_: (), run)
 
 
 def _chance(p: float, steps: Sequence[Step]) -> Step:
@@ -229,12 +475,29 @@ def _chance(p: float, steps: Sequence[Step]) -> Step:
     return Step(1 + sum(step.draws for step in steps), draw, run)
 
 
+def _chance_stage(p: float, stages: Sequence[Stage], dtype: torch.dtype) -> Stage:
+    """As `_chance`, with stages, after which the chosen images may be of other sizes."""
+
+    def run(canvas: Canvas, uniforms: Tensor) -> Canvas:
+        chosen = (uniforms[:, 0] < p).nonzero().squeeze(1)
+        if len(chosen) == 0:
+            return canvas
+        rows = canvas.images.index_select(0, send(chosen, canvas.images.device))
+        part = Canvas(rows, canvas.sizes[chosen], canvas.floating[chosen])
+        part = _run_stages(stages, part, uniforms[chosen, 1:])
+        images, floating = canvas.cut(), canvas.floating.clone()
+        floating[chosen] = part.floating
+        for i, image in zip(chosen.tolist(), part.cut(), strict=True):
+            images[i] = image
+        return _pad(images, floating, dtype)
+
+    unbatched = [name for stage in stages for name in stage.unbatched]
+    return Stage(1 + sum(stage.draws for stage in stages), run, unbatched)
+
+
 def _crop_step(
     crop: v2.RandomResizedCrop, flip: v2.RandomHorizontalFlip | None, dtype: torch.dtype
 ) -> Step:
-    if crop.interpolation not in (*_KERNELS, "bilinear", "bicubic") or not crop.antialias:
-        raise _refusal(crop, "other than bilinear or bicubic with antialias=True")
-
     def draw(uniforms: Tensor, sizes: Tensor) -> tuple:
         boxes = random_boxes(uniforms[:, :BOX_DRAWS], sizes, crop.scale, crop.ratio)
         flipped = uniforms[:, -1] < flip.p if flip else None
@@ -257,25 +520,21 @@ def _jitter_step(jitter: v2.ColorJitter) -> Step:
         return order, *(_between(uniforms[:, 4 + i], *ranges[i]) for i in used)
 
     def run(images: Tensor, order: Tensor, *factors: Tensor) -> Tensor:
-        for which in order.unbind(1):
-            present = set(which.tolist())
-            for i, own in zip(used, factors, strict=True):
+        for operation in order.unbind(1):  # (B,)
+            present = set(operation.tolist())
+            for i, operation_factors in zip(used, factors, strict=True):
                 if i in present:
-                    images = _where(which == i, images, operations[i], own)
+                    images = _where(operation == i, images, operations[i], operation_factors)
         return images
 
     return Step(8, draw, run)
 
 
-def _refusal(transform: v2.Transform, what: str = "") -> ValueError:
-    name = f"{type(transform).__name__} {what}".strip()
-    return ValueError(
-        f"{name} has no batched form: run the composition in the loader's workers, "
-        "or give it a step in common/augment.py"
-    )
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
 
 
-# Draws: from uniforms to parameters, on the CPU
+# From uniforms to parameters, on the CPU
 
 
 def _between(uniforms: Tensor, low: float, high: float) -> Tensor:
@@ -285,29 +544,31 @@ def _between(uniforms: Tensor, low: float, high: float) -> Tensor:
 def random_boxes(
     uniforms: Tensor, sizes: Tensor, scale: Sequence[float], ratio: Sequence[float]
 ) -> Tensor:
-    """RandomResizedCrop's law: the first of ten proposals that fits, else a central box.
+    """Boxes distributed as RandomResizedCrop's: the first of ten proposals that fits, else central.
 
     Args:
         uniforms: (B, 22), for ten areas (uniform, scale x the image's), ten aspect ratios
-            width / height (log-uniform), and the place from the top and from the left.
+            width / height (log-uniform), and the position from the top and from the left.
         sizes: (B, 2) integers, (height, width) in pixels.
 
     Returns:
         (B, 4) int64: top, left, height, width.
     """
-    areas, aspects, places = uniforms.double().split([TRIES, TRIES, 2], dim=1)
+    areas, aspects, positions = uniforms.double().split([TRIES, TRIES, 2], dim=1)
     areas = _between(areas, *scale) * sizes.prod(1, keepdim=True)
     aspects = _between(aspects, *map(math.log, ratio)).exp()
-    tries = torch.stack([areas / aspects, areas * aspects], dim=2).sqrt().round()  # (B, TRIES, 2)
-    fits = ((tries > 0) & (tries <= sizes.unsqueeze(1))).all(2)
+    # (B, TRIES, 2) heights and widths
+    proposals = torch.stack([areas / aspects, areas * aspects], dim=2).sqrt().round()
+    fits = ((proposals > 0) & (proposals <= sizes.unsqueeze(1))).all(2)
     first = fits.int().argmax(1)  # the first where several fit
 
     height, width = sizes.double().unbind(1)
-    most = torch.stack([width / ratio[0], height * ratio[1]], dim=1).round().clamp_min(1)
-    found = fits.any(1, keepdim=True)
-    extent = torch.where(found, tries[torch.arange(len(tries)), first], most.minimum(sizes))
+    largest = torch.stack([width / ratio[0], height * ratio[1]], dim=1).round().clamp_min(1)
+    any_fits = fits.any(1, keepdim=True)
+    proposal = proposals[torch.arange(len(proposals)), first]
+    extent = torch.where(any_fits, proposal, largest.minimum(sizes))
     slack = sizes - extent
-    corner = torch.where(found, places * (slack + 1), slack / 2).floor()
+    corner = torch.where(any_fits, positions * (slack + 1), slack / 2).floor()
     return torch.cat([corner, extent], dim=1).long()
 
 
@@ -321,7 +582,7 @@ def center_crop_boxes(sizes: Tensor, fraction: float) -> Tensor:
     return torch.cat([(sizes - side + 1) // 2, side], dim=1)
 
 
-# Pixels: (B, C, H, W) in, (B, C, h, w) out; what is per image is a (B, ...) tensor on the CPU
+# Pixels: (B, C, H, W) in, (B, C, h, w) out; the parameters are (B, ...) tensors on the CPU
 
 
 def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -356,7 +617,7 @@ def hue(images: Tensor, turns: Tensor) -> Tensor:
     spread = high - red.minimum(green).minimum(blue)
     not_red, not_green = (high - red).sign_(), (high - green).sign_()  # 0 where it is the highest
     if_green, if_blue = (blue - red).add_(spread, alpha=2), (red - green).add_(spread, alpha=4)
-    # Choices by masks of 0 and 1, which are exact and ten times as fast as `torch.where`.
+    # Masks of 0 and 1 choose exactly, and ten times as fast as `torch.where`.
     sixths = torch.lerp(green - blue, if_green.lerp_(if_blue, not_green), not_red)
     angle = sixths.div_(6 * spread.clamp_min(torch.finfo(images.dtype).tiny))
     angle += _per_image(turns, images)
@@ -383,9 +644,15 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def gaussian_blur(images: Tensor, kernel_size: Sequence[int], sigmas: Tensor) -> Tensor:
-    """Gaussian blur with reflected borders, of kernel_size (horizontal, vertical), odd taps.
+    """Gaussian blur with reflected borders.
 
-    sigmas: (B,) in pixels. Raises ValueError where the images are too small to be reflected.
+    Args:
+        images: (B, C, H, W), floating point.
+        kernel_size: odd numbers of taps, (horizontal, vertical).
+        sigmas: (B,) on the CPU, in pixels.
+
+    Raises:
+        ValueError: the images are too small to be reflected.
     """
     radii = [taps // 2 for taps in kernel_size]
     for size, radius, taps in zip(images.shape[:1:-1], radii, kernel_size, strict=True):
@@ -407,16 +674,20 @@ def resized_crop(
     interpolation: InterpolationMode | str,
     flip: Tensor | None = None,
 ) -> Tensor:
-    """Each image's own box, resized with antialiasing, and mirrored where flip says so.
+    """One box of each image, resized with antialiasing, and mirrored where `flip` is true.
 
-    Pixels outside the boxes have no influence. Bicubic leaves [0, 1]; clamp it where that matters.
+    Pixels outside the boxes have no influence. Bicubic results may leave [0, 1]: clamp them where
+    that matters.
 
     Args:
         images: (B, C, H, W), floating point (see `to_float`).
         boxes: (B, 4) integers on the CPU: top, left, height, width in pixels.
         size: (h, w).
         interpolation: bilinear or bicubic.
-        flip: (B,) bool on the CPU.
+        flip: (B,) bool on the CPU; None mirrors no image.
+
+    Returns:
+        (B, C, h, w) in the images' dtype.
 
     Raises:
         ValueError: a box is empty or leaves the canvas.
@@ -448,10 +719,10 @@ def _blend(images: Tensor, others: Tensor, factors: Tensor) -> Tensor:
 
 
 class Taps(NamedTuple):
-    """How each of `size` output pixels is made, on the CPU: a window of weighted input pixels."""
+    """The window of weighted input pixels that makes each of `size` output pixels; on the CPU."""
 
     first: Tensor  # (B, size) int64, where the window begins
-    weights: Tensor  # (B, size, taps); those past the images' end are zero
+    weights: Tensor  # (B, size, taps); the weights past the image's end are zero
 
 
 def _separable(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
@@ -465,8 +736,8 @@ def _separable(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
 def _banded(images: Tensor, rows: Taps) -> Tensor:
     """rows @ image, (B, ..., H, W) to (B, ..., h, W), without most of the zeros of that matrix.
 
-    A block of output rows needs only the input rows under its windows; for a single image they are
-    few, for many images of different boxes it is the union.
+    A block of output rows needs only the input rows under its windows: few for a single image, the
+    union of all windows for many images with different boxes.
     """
     size, taps = rows.weights.shape[1:]
     index = rows.first.unsqueeze(2) + torch.arange(taps)
@@ -485,7 +756,7 @@ def _banded(images: Tensor, rows: Taps) -> Tensor:
 
 
 def _resample(images: Tensor, rows: Taps, columns: Taps, dtype: torch.dtype) -> Tensor:
-    """Filter the images in `dtype`; of large ones, convert only what is under a window."""
+    """Filter the images in `dtype`; of large ones only the pixels under a window are converted."""
     if not _large(images):
         return _separable(to_float(images, dtype), rows, columns)
     (top, bottom), (left, right) = (
@@ -522,8 +793,8 @@ def _resize_taps(
 ) -> Taps:
     """PyTorch's antialiased resize of [start, start + length) along one dimension.
 
-    In the images' dtype and PyTorch's order of operations: in float32 the rounding of a centre
-    moves pixels by 1e-5.
+    It computes in the images' dtype and in PyTorch's order of operations: in float32 the rounding
+    of a centre moves pixels by 1e-5.
     """
     kernel, radius = _KERNELS[InterpolationMode(interpolation)]
     taps = 2 * math.ceil(radius * max([size, *lengths.tolist()]) / size) + 1
@@ -554,7 +825,7 @@ def _cubic(distances: Tensor) -> Tensor:
     return torch.where(x < 1, near, far).masked_fill_(x >= 2, 0)
 
 
-_KERNELS = {  # and how far they reach, in pixels of the coarser grid
+_KERNELS = {  # each with its radius, in pixels of the coarser grid
     InterpolationMode.BILINEAR: (_triangle, 1),
     InterpolationMode.BICUBIC: (_cubic, 2),
 }
@@ -568,7 +839,7 @@ def _blur_taps(sigmas: Tensor, radius: int, size: int, dtype: torch.dtype) -> Ta
     return Taps(first, windows.to(dtype).unsqueeze(1).expand(-1, size, -1))
 
 
-# Which images, and where
+# Chosen images, and devices
 
 
 def _where(chosen: Tensor, images: Tensor, operation: Callable, *parameters: Any) -> Tensor:
@@ -578,13 +849,13 @@ def _where(chosen: Tensor, images: Tensor, operation: Callable, *parameters: Any
         return images
     if len(index) == len(images):
         return operation(images, *parameters)
-    where = send(index, images.device)
-    part = operation(images.index_select(0, where), *_take(parameters, index))
-    return images.index_copy_(0, where, part)
+    device_index = send(index, images.device)
+    part = operation(images.index_select(0, device_index), *_take(parameters, index))
+    return images.index_copy_(0, device_index, part)
 
 
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
-    """(B,) on the CPU to (B, 1, 1, 1) beside the images."""
+    """(B,) on the CPU to (B, 1, 1, 1), in the images' dtype and on their device."""
     return _like(values, images).view(-1, 1, 1, 1)
 
 
@@ -593,6 +864,6 @@ def _like(values: Tensor, images: Tensor) -> Tensor:
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it, which takes pinned memory."""
+    """Copy to the device without waiting for it, which requires pinned memory."""
     values = values.pin_memory() if device.type == "cuda" else values
     return values.to(device, non_blocking=True)

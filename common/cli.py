@@ -1,77 +1,44 @@
-"""The command line: a recipe, then any field of its `Config` as a flag; mistakes in one line."""
+"""The command line: a recipe, then any setting as a flag; mistakes in one line.
+
+Nothing here imports torch, which takes seconds: `--help` and a mistake that shows in the command
+line, the environment or a small file are answered at once.
+"""
 
 import dataclasses
 import difflib
-import math
+import importlib.util
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import tyro
 
-from common import faults
+from common import config
+from common.config import Recipe, RunConfig
+from common.errors import UserError, explain, printable
 
 C = TypeVar("C")
-
-TINY = 1e-6  # least value of what must be more than 0
-RANGES = {  # least and most that make sense, of every field of that name
-    "accumulate": (1, math.inf),
-    "base_lr": (0, math.inf),
-    "batch_size": (1, math.inf),
-    "blur": (0, 1),
-    "bn_splits": (1, math.inf),
-    "cache_chunk": (0, math.inf),
-    "crop_min_area": (0, 1),
-    "dim": (1, 1_000_000),
-    "epochs": (TINY, 1_000_000),
-    "freeze": (0, 5),
-    "head_dim": (1, 1_000_000),
-    "head_layers": (1, 100),
-    "hidden_dim": (1, 1_000_000),
-    "image_size": (1, 10_000),
-    "iterations": (1, math.inf),
-    "jitter": (0, 2.5),  # SimCLR's s: a fifth of it is the turn of the hue, at most a half
-    "k": (1, math.inf),
-    "key_momentum": (0, 1),
-    "knn_every": (0, math.inf),
-    "label_fraction": (TINY, 1),
-    "layer": (-1, math.inf),
-    "log_every": (1, math.inf),
-    "memory_gb": (0, math.inf),
-    "momentum": (0, 1),
-    "predictor_lr": (0, math.inf),
-    "processes": (0, math.inf),
-    "queue_size": (1, 100_000_000),
-    "save_every": (0, math.inf),
-    "seed": (0, 2**32 - 1),  # NumPy's bounds
-    "solarize": (0, 1),
-    "std": (TINY, math.inf),
-    "tau_base": (0, 1),
-    "temperature": (TINY, math.inf),
-    "test_size": (0, 10_000),
-    "warmup_epochs": (0, 1_000_000),
-    "weight_decay": (0, math.inf),
-    "workers": (0, 1_000),
-}
+T = TypeVar("T")
 
 
-class UserError(Exception):
-    """A mistake that the user can mend: shown as one line, exit status 2, no traceback."""
-
-
-def printable(text: str) -> str:
-    """Without what would break the line or command the terminal: a file's name may hold both."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def parse(config: type[C], recipes: Mapping[str, C], argv: list[str], prog: str) -> tuple[str, C]:
-    """`[RECIPE] [--field value ...]` to the recipe's name and config. The default is `demo`.
+def parse(
+    method: str, kind: type[C], recipes: Mapping[str, Recipe[C]], argv: Sequence[str]
+) -> tuple[str, C, RunConfig]:
+    """`[RECIPE] [--field value ...]` to the recipe's name and its settings. The default is `demo`.
 
     The recipe is taken off `argv` first, so that `--help` shows that recipe's values as defaults.
 
+    Args:
+        method: the package, e.g. "simclr".
+        kind: its `Config`.
+        recipes: for each name the config, and the run's settings that it needs changed.
+
     Raises:
-        UserError: the recipe is unknown, or a number makes no sense.
+        UserError: the recipe is unknown, a value makes no sense, or the folder holds another run.
         SystemExit: status 2 with tyro's box, which names the nearest flag, for a wrong flag.
     """
     name, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("demo", argv)
@@ -79,71 +46,155 @@ def parse(config: type[C], recipes: Mapping[str, C], argv: list[str], prog: str)
         near = difflib.get_close_matches(name, recipes, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"no recipe {name!r}; {hint}recipes: {', '.join(recipes)}")
-    about = (config.__doc__ or "").split("\n\n")[0]
+    recipe, changed = recipes[name]
+    run = dataclasses.replace(RunConfig(out=f"runs/{method}-{name}"), **changed)
+    paper_kind, run_kind = _without_checks(kind), _without_checks(RunConfig)
+    boxes = {"paper": paper_kind, "run": run_kind}  # in `--help`
+    flags_alone: Any = tyro.conf.OmitArgPrefixes  # --seed, not --run.seed
+    both = dataclasses.make_dataclass("Both", [(k, flags_alone[v]) for k, v in boxes.items()])
     parsed = tyro.cli(
-        config,
-        default=recipes[name],
-        args=flags,
-        prog=f"{prog} {name}",
-        description=f"{about}\n\nRecipes (first argument): {', '.join(recipes)}.",
+        both,
+        default=both(paper_kind(**vars(recipe)), run_kind(**vars(run))),
+        args=_today(flags, kind),
+        prog=f"python -m {method}.pretrain {name}",
+        description=f"Recipes (first argument): {', '.join(recipes)}.",
     )
-    return name, check_ranges(parsed)
+    try:
+        cfg, run_cfg = kind(**vars(parsed.paper)), RunConfig(**vars(parsed.run))
+        cfg.check_world_size(world_size())  # type: ignore[attr-defined]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    check_environment(run_cfg, cfg.arch)  # type: ignore[attr-defined]
+    check_source(cfg.data)  # type: ignore[attr-defined]
+    config.refuse_other(
+        Path(run_cfg.out), method, config.flat(cfg, run_cfg), config.old_names(kind)
+    )
+    return name, cfg, run_cfg
 
 
-def check_ranges(config: C) -> C:
-    """`config`, a dataclass, once its numbers are finite and in the `RANGES` of their names.
-
-    A field's default is always good: some say 0 where the default depends on other things.
-
-    Raises:
-        UserError: a number is not.
-    """
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        least, most = RANGES.get(field.name, (-math.inf, math.inf))
-        for number in numbers if value != field.default else ():
-            if not isinstance(number, int | float) or isinstance(number, bool):
-                continue
-            finite = isinstance(number, int) or math.isfinite(number)  # of 10**400 it raises
-            if not (finite and least <= number <= most):
-                flag = f"--{field.name.replace('_', '-')} {number}"
-                bound = f" from {least:,}" if least > -math.inf else ""
-                bound += f" to {most:,}" if most < math.inf else " upwards" if bound else ""
-                raise UserError(f"{flag}: must be a number{bound}")
-    return config
-
-
-def check_batch(batch_size: int, images: int, processes: int) -> None:
-    """Refuse a batch that cannot be filled or shared.
+def parse_settings(kind: type[C], argv: Sequence[str], prog: str, description: str) -> C:
+    """The settings of an evaluation, a dataclass whose `__post_init__` checks them.
 
     Raises:
-        UserError: more than the images there are, or not the same for every process.
+        UserError: a value makes no sense, or `run`, `runs` or `data` is nothing there.
+        SystemExit: as `parse`.
     """
-    if batch_size > images:
-        raise UserError(f"--batch-size {batch_size}: more than the {images} images there are")
-    if batch_size % processes:
-        raise UserError(f"--batch-size {batch_size}: not divisible by {processes} processes")
+    parsed = tyro.cli(_without_checks(kind), args=argv, prog=prog, description=description)
+    try:
+        settings = kind(**vars(parsed))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for target in (getattr(settings, "run", ""), *getattr(settings, "runs", ())):
+        if target and not Path(target).exists():
+            raise UserError(f"{target}: no such file; a run writes it at its first checkpoint")
+    sources = getattr(settings, "data", "")
+    for source in (sources,) if isinstance(sources, str) else sources:
+        if source:
+            check_source(source)
+    return settings
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main`; turn `UserError` and the machine's faults into one line and exit status 2.
+def run(function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, with a `UserError` or a fault of the machine as one line and status 2.
 
     Under a launcher every process meets the same mistake, which only rank 0 prints; but a full
     disk or a lost process may be met by any. Ctrl-C is no fault: one line, and status 130.
     """
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters there is an error in decode
     try:
-        main()
+        return function(*args)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # of `... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print("\nstopped by SIGINT", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        line = faults.explained(error)
+        line = explain(error)
         if line is None:
             raise
         print("error:", line, file=sys.stderr)
         sys.exit(2)
+
+
+# ---- checks that need neither torch nor the images -----------------------------------------------
+
+
+def world_size() -> int:
+    """The number of processes that a launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_environment(run_cfg: RunConfig, arch: str) -> None:
+    """Refuse what this environment lacks: processes, or the package of an extra.
+
+    Raises:
+        UserError: with what to do. `accelerate launch --cpu --num_processes 2` quietly starts one.
+    """
+    if run_cfg.processes and run_cfg.processes != world_size():
+        raise UserError(
+            f"--processes {run_cfg.processes} asked for, {world_size()} launched; try: "
+            f"accelerate launch --multi_gpu --num_processes {run_cfg.processes} -m ..."
+        )
+    for package, wanted in (("timm", arch.startswith("timm:")), ("wandb", _uses_wandb(run_cfg))):
+        if wanted:
+            require(package)
+
+
+def require(package: str) -> None:
+    """Refuse to go on without the package of the extra of the same name.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{package} is not installed; pip install -e '.[{package}]'")
+
+
+def check_source(source: str) -> None:
+    """Refuse images that are neither a path nor look like a data set on the Hub.
+
+    Raises:
+        UserError: no such folder or file.
+    """
+    try:
+        there = source == "demo" or os.path.exists(os.path.expanduser(source))
+    except ValueError as error:
+        raise UserError(f"{source}: no path ({error})") from error
+    if not there and not is_hub_id(source):
+        raise UserError(f"{source}: no such folder or file (nor a Hub id of the form owner/name)")
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` has the form owner/name."""
+    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", source)) and not source.startswith((".", "~"))
+
+
+# ---- tyro ----------------------------------------------------------------------------------------
+
+
+def _without_checks(kind: type[C]) -> type[C]:
+    """`kind` with no `__post_init__`: tyro would show its errors in a box, and not in one line."""
+    same = {name: getattr(kind, name) for name in ("__doc__", "__module__", "__qualname__")}
+    return type(kind.__name__, (kind,), same | {"__post_init__": lambda self: None})
+
+
+def _today(flags: Sequence[str], kind: type) -> list[str]:
+    """The flags with old spellings, which fields name in their metadata, in place of new ones."""
+    new = config.old_names(kind)
+    result = []
+    for word in flags:
+        flag, equals, value = word.partition("=")
+        key = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and key in new:
+            word = f"--{new[key].replace('_', '-')}{equals}{value}"
+        result.append(word)
+    return result
+
+
+def _uses_wandb(run_cfg: RunConfig) -> bool:
+    return "wandb" in run_cfg.trackers

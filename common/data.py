@@ -24,13 +24,16 @@ What becomes of an odd image:
     more than 89 megapixels (a JPEG: 179)
 """
 
+import atexit
 import contextlib
 import functools
 import hashlib
 import io
 import math
+import multiprocessing
 import os
 import re
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,8 +46,9 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
-from common import demo, faults
-from common.cli import UserError, printable
+from common import demo
+from common.cli import is_hub_id
+from common.errors import UserError, first_line, printable
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 TABLES = (".parquet", ".arrow")
@@ -55,11 +59,6 @@ SPLITS = {  # the names under which people keep a split
 }
 MAX_SIDE = 640  # pixels; a longer image is reduced when decoded, so that no batch is mostly padding
 MAX_BAD = 0.05  # share of undecodable images beyond which a source is refused
-
-# What Pillow warns of is either no matter or, a decompression bomb, an error in `decode`.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-# Nobody else has the bytes of a decoded image, and nobody writes to it.
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
 # ---- order ---------------------------------------------------------------------------------------
@@ -132,7 +131,7 @@ def decode(image: Any, max_side: int = MAX_SIDE) -> Tensor:
     if max(upright.size) > max_side:
         upright.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
     upright = upright if upright.mode == "RGB" else upright.convert("RGB")
-    pixels = torch.frombuffer(upright.tobytes(), dtype=torch.uint8)  # NumPy would copy them again
+    pixels = torch.frombuffer(bytearray(upright.tobytes()), dtype=torch.uint8)
     return pixels.view(upright.height, upright.width, 3).permute(2, 0, 1)
 
 
@@ -151,7 +150,7 @@ def pad(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def shared(shape: tuple[int, ...]) -> Tensor:
-    """Zeros in memory that a worker hands over as it is; any other would be copied there."""
+    """Zeros in shared memory, which a worker process hands over without a copy."""
     storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
@@ -169,7 +168,7 @@ class Batch:
 
 
 @dataclass
-class Images:
+class ImageSplit:
     """One split of a source: `encoded[i]` can be decoded; labels where the source has them."""
 
     name: str
@@ -252,8 +251,8 @@ class Images:
         if isinstance(self.store, Tensor) and not self.bad:
             images = self.store[indices]
             return Batch(images, torch.tensor(images.shape[2:]).expand(len(images), 2), indices)
-        found, decoded = zip(*map(self.decode_near, indices.tolist()), strict=True)
-        return Batch(*pad(decoded), torch.tensor(found))
+        places, decoded = zip(*map(self.decode_near, indices.tolist()), strict=True)
+        return Batch(*pad(decoded), torch.tensor(places))
 
     def batches(
         self,
@@ -275,11 +274,14 @@ class Images:
             batch_size=None,
             sampler=enumerate(orders),  # each "sample" is a whole batch of indices
             num_workers=workers,
-            worker_init_fn=faults.leave_signals_to_the_parent,
+            worker_init_fn=begin_worker,
             pin_memory=torch.cuda.is_available(),
             generator=generator("workers"),  # else it draws from the global random stream
         )
-        for made, bad in loader:
+        stream = iter(loader)
+        atexit.unregister(end_workers)
+        atexit.register(end_workers)  # before DataLoader's own, which waits for each of them
+        for made, bad in stream:
             if isinstance(made, UserError):
                 raise made
             self.note_bad(bad)
@@ -293,6 +295,26 @@ class Images:
         return f"{len(names)} undecodable {images} skipped: {'; '.join(names[:3])}{more}"
 
 
+def begin_worker(worker: int = 0) -> None:
+    """Prepare a decoding worker, which ends when its parent has no more work for it.
+
+    SIGTERM and SIGINT are often sent to every process of a job at once; the parent still needs
+    batches for the step under way.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def end_workers() -> None:
+    """At exit, end the workers of a loader that still waits, as a traceback may hold it."""
+    if hasattr(signal, "SIGCHLD"):  # on which DataLoader would raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 class _Decoder(Dataset):
     """What a worker process holds: indices in, a `Batch` in parts and the bad images out.
 
@@ -300,7 +322,7 @@ class _Decoder(Dataset):
     arrives as a page of traceback.
     """
 
-    def __init__(self, images: Images, then: Callable[[int, Batch], Any] | None) -> None:
+    def __init__(self, images: ImageSplit, then: Callable[[int, Batch], Any] | None) -> None:
         self.images, self.then = images, then
 
     def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Any, dict[int, str]]:
@@ -328,7 +350,7 @@ def open_images(
     image_column: str | None = None,
     label_column: str | None = None,
     classes: tuple[str, ...] | None = None,
-) -> Images:
+) -> ImageSplit:
     """Open one split, "train", "test" or "validation" (or by its own name), of `source`.
 
     Args:
@@ -341,7 +363,7 @@ def open_images(
         if split not in ("train", "test"):
             raise _NoSplit(f"demo: no split {split!r}; it has train, test")
         pixels, labels = demo.split(split)
-        return Images(f"demo {split}", pixels, labels, demo.CLASSES, store=pixels)
+        return ImageSplit(f"demo {split}", pixels, labels, demo.CLASSES, store=pixels)
     try:
         path = Path(os.path.expanduser(source))
         pictures = path.is_dir() and next(scan(str(path)), None)
@@ -357,12 +379,12 @@ def open_images(
         return open_table(table, source, image_column, label_column, classes)
     if path.is_file():
         raise UserError(f"{source}: not a folder, a .parquet or an .arrow file")
-    if re.fullmatch(r"[\w-]+/[\w.-]+", source) and not source.startswith((".", "~")):
+    if is_hub_id(source):
         return open_table(load_hub(source, split), source, image_column, label_column, classes)
     raise UserError(f"{source}: no such folder or file (nor a Hub id of the form owner/name)")
 
 
-def open_train_test(source: str, **columns: Any) -> tuple[Images, Images]:
+def open_train_test(source: str, **columns: Any) -> tuple[ImageSplit, ImageSplit]:
     """The two splits an evaluation needs, labelled alike.
 
     A labelled source without a test split has a fifth held out, and says so in its name.
@@ -374,7 +396,7 @@ def open_train_test(source: str, **columns: Any) -> tuple[Images, Images]:
     return hold_out_fifth(train) if test is None else (train, test)
 
 
-def hold_out_fifth(train: Images) -> tuple[Images, Images]:
+def hold_out_fifth(train: ImageSplit) -> tuple[ImageSplit, ImageSplit]:
     """Every fifth image of the classes one after the other, so of each class about a fifth.
 
     No class is lost to training: the only image of one is kept. At least one image is held out.
@@ -391,12 +413,12 @@ def hold_out_fifth(train: Images) -> tuple[Images, Images]:
         raise UserError(f"{train.name}: one image of each class; none can be held out to test on")
     held_out = torch.zeros(len(train), dtype=torch.bool)
     held_out[order[4::5] if len(order) > 4 else order[-1:]] = True
-    return take(train, ~held_out, "4/5 of train"), take(train, held_out, "1/5 of train")
+    return subset(train, ~held_out, "4/5 of train"), subset(train, held_out, "1/5 of train")
 
 
 def open_labelled(
-    source: str, *, several: bool = False, **columns: Any
-) -> tuple[Images, Images | None]:
+    source: str, *, multilabel: bool = False, **columns: Any
+) -> tuple[ImageSplit, ImageSplit | None]:
     """The training split and the test split, labelled alike; None where there is no test split.
 
     Validation is the test split of a source whose test split is missing or has no labels.
@@ -414,7 +436,7 @@ def open_labelled(
             f"{source}: has no labels; an evaluation needs them (class folders do, or a column of "
             "a table: --label-column NAME)"
         )
-    if train.labels.ndim == 2 and not several:
+    if train.labels.ndim == 2 and not multilabel:
         raise UserError(
             f"{source}: its images have several labels, which eval.transfer alone judges; "
             "for the others name a column of one label an image (--label-column NAME)"
@@ -446,7 +468,7 @@ def present_in(labels: Tensor) -> list[int]:
     return (labels.unique() if labels.ndim == 1 else labels.any(0).nonzero()[:, 0]).tolist()
 
 
-def open_validation(source: str, classes: tuple[str, ...], **columns: Any) -> Images | None:
+def open_validation(source: str, classes: tuple[str, ...], **columns: Any) -> ImageSplit | None:
     """The labelled validation split; None where `open_labelled` takes it for the test split."""
     try:
         test = open_images(source, "test", classes=classes, **columns)
@@ -456,27 +478,27 @@ def open_validation(source: str, classes: tuple[str, ...], **columns: Any) -> Im
     return None if test.labels is None or validation.labels is None else validation
 
 
-def take(images: Images, keep: Tensor, what: str) -> Images:
+def subset(images: ImageSplit, keep: Tensor, what: str) -> ImageSplit:
     """The images where `keep`, (N,) bool, holds."""
     index = keep.nonzero()[:, 0]
     assert images.labels is not None
     encoded = Subset(images.encoded, index.tolist())
-    return Images(f"{images.name} ({what})", encoded, images.labels[index], images.classes)
+    return ImageSplit(f"{images.name} ({what})", encoded, images.labels[index], images.classes)
 
 
 class _NoSplit(UserError):
-    """The source is there, the split is not."""
+    """The source exists, but not this split of it."""
 
 
 def find_tables(path: Path) -> list[Path]:
     """The parquet and arrow files that `path` is or holds, hidden ones passed over."""
     if path.is_file():
         return [path] if path.suffix in TABLES else []
-    found = []
+    tables = []
     for folder, folders, names in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder, n) for n in names if n.endswith(TABLES) and not n.startswith(".")]
-    return sorted(found)
+        tables += [Path(folder, n) for n in names if n.endswith(TABLES) and not n.startswith(".")]
+    return sorted(tables)
 
 
 def load_tables(path: Path, tables: list[Path], split: str) -> Any:
@@ -484,8 +506,8 @@ def load_tables(path: Path, tables: list[Path], split: str) -> Any:
     import datasets  # slow to import, and the demo does not need it
 
     datasets.disable_progress_bars()
-    named = of_split(path, tables, split)
-    if not named:
+    selected = of_split(path, tables, split)
+    if not selected:
         shown = ", ".join(t.name for t in tables[:4])
         if split != "train":
             raise _NoSplit(f"{path}: no {split!r} among {shown}")
@@ -495,7 +517,7 @@ def load_tables(path: Path, tables: list[Path], split: str) -> Any:
     try:
         if (path / "state.json").exists():
             return datasets.load_from_disk(str(path))
-        files = [str(t) for t in named or tables]
+        files = [str(t) for t in selected or tables]
         kind = "parquet" if files[0].endswith(".parquet") else "arrow"
         return datasets.load_dataset(kind, data_files=files, split="train")
     except Exception as error:
@@ -509,9 +531,9 @@ def of_split(path: Path, tables: list[Path], split: str) -> list[Path]:
     """
     below = {t: t.relative_to(path).parts for t in tables}  # nothing where `path` is the file
     for name in SPLITS.get(split, (split,)):
-        named = [t for t in tables if any(first_word(part) == name for part in below[t])]
-        if named:
-            return named
+        selected = [t for t in tables if any(first_word(part) == name for part in below[t])]
+        if selected:
+            return selected
     return []
 
 
@@ -527,7 +549,7 @@ def load_hub(source: str, split: str) -> Any:
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
             huggingface_hub.HfApi().dataset_info(source, timeout=10)
     except huggingface_hub.errors.HfHubHTTPError:
-        pass  # it answers, and what is wrong is said better below
+        pass  # the Hub answers; the call below has the better message
     except Exception as error:
         raise UserError(
             f"{source}: not a local path, and the Hub cannot be reached ({first_line(error)}); "
@@ -547,17 +569,13 @@ def load_hub(source: str, split: str) -> Any:
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
 def open_table(
     dataset: Any,
     source: str,
     image_column: str | None,
     label_column: str | None,
     classes: tuple[str, ...] | None,
-) -> Images:
+) -> ImageSplit:
     """Find the image and label columns by their feature types, unless they are named."""
     import datasets
 
@@ -567,8 +585,10 @@ def open_table(
             raise UserError(f"{source}: no column {name!r}; it has {', '.join(columns)}")
     pictures = [name for name, kind in columns.items() if is_image(kind)]
     if image_column is None and len(pictures) != 1:
-        found = f"several image columns ({', '.join(pictures)})" if pictures else "no image column"
-        raise UserError(f"{source}: {found} among {', '.join(columns)}; say --image-column NAME")
+        problem = (
+            f"several image columns ({', '.join(pictures)})" if pictures else "no image column"
+        )
+        raise UserError(f"{source}: {problem} among {', '.join(columns)}; say --image-column NAME")
     image_column = image_column or pictures[0]
     if len(dataset) == 0:
         raise UserError(f"{source}: no images")
@@ -581,30 +601,31 @@ def open_table(
         classed = [n for n, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
         usual = ("label", "labels", "fine_label", "class", "target")
         plain = [name for name in usual if name in single]
-        lists = [name for name in (*usual, "classes") if several_of(columns.get(name))]
+        lists = [name for name in (*usual, "classes") if list_element(columns.get(name))]
         label_column = next(iter(classed + plain + lists), None)
     elif label_column not in single and not (
-        isinstance(columns[label_column], datasets.ClassLabel) or several_of(columns[label_column])
+        isinstance(columns[label_column], datasets.ClassLabel)
+        or list_element(columns[label_column])
     ):
         raise UserError(f"{source}: {label_column!r} holds no labels, a value or a list of values")
     encoded = Cells(undecoded, image_column)
     values: Any = [None] if label_column is None else dataset[label_column][:]
     kind = columns.get(label_column)
-    if (inner := several_of(kind)) and None not in values:
+    if (inner := list_element(kind)) and None not in values:
         if isinstance(inner, datasets.ClassLabel):
             values = [[inner.names[v] for v in value] for value in values]
             classes = classes or tuple(inner.names)
-        return Images(source, encoded, *number_several(values, classes))
+        return ImageSplit(source, encoded, *encode_multilabels(values, classes))
     if isinstance(kind, datasets.ClassLabel):
         values = [None if v in (None, -1) else kind.names[v] for v in values]  # -1: not known
         classes = classes or tuple(kind.names)
     if None in values:
-        return Images(source, encoded)
-    return Images(source, encoded, *number(values, classes))
+        return ImageSplit(source, encoded)
+    return ImageSplit(source, encoded, *encode_labels(values, classes))
 
 
 class Cells:
-    """One column of a table, read cell by cell; twenty times as fast as the table's own reading."""
+    """One column of a table, read cell by cell, twenty times as fast as by `datasets` itself."""
 
     def __init__(self, dataset: Any, column: str) -> None:
         self.table, self.column = dataset.select_columns(column).with_format("arrow"), column
@@ -616,7 +637,7 @@ class Cells:
         return self.table[index][self.column][0].as_py()
 
 
-def several_of(kind: Any) -> Any:
+def list_element(kind: Any) -> Any:
     """What a column of lists holds lists of, if that can be labels, else None."""
     import datasets
 
@@ -631,29 +652,29 @@ def is_image(kind: Any) -> bool:
     return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
 
 
-def open_folder(root: Path, split: str, classes: tuple[str, ...] | None) -> Images:
+def open_folder(root: Path, split: str, classes: tuple[str, ...] | None) -> ImageSplit:
     """Images at any depth under the split's folder, or under `root` where there are no splits.
 
     Labels are the first-level folders when there are images in at least one of them and none
     beside them; otherwise the source is unlabelled.
     """
     folders = [p for p in sorted(root.iterdir()) if p.is_dir()]
-    named = [p for name in SPLITS.get(split, (split,)) for p in folders if p.name.lower() == name]
+    matching = [p for n in SPLITS.get(split, (split,)) for p in folders if p.name.lower() == n]
     is_split = {name for names in SPLITS.values() for name in names}
-    if not named and split != "train":
+    if not matching and split != "train":
         raise _NoSplit(f"{root}: no {split!r} folder in it")
-    if not named and any(p.name.lower() in is_split for p in folders):
+    if not matching and any(p.name.lower() in is_split for p in folders):
         raise UserError(f"{root}: it has {', '.join(p.name for p in folders)} but no train folder")
-    base = named[0] if named else root
+    base = matching[0] if matching else root
     paths = sorted(scan(str(base)))
     if not paths:
         kinds = " ".join(sorted(SUFFIXES))
         raise UserError(f"{base}: no images in it, at any depth (looked for {kinds})")
     parts = [path.removeprefix(str(base)).lstrip(os.sep).split(os.sep, 1) for path in paths]
     if any(len(below) == 1 for below in parts):
-        return Images(str(base), paths)
-    labels, names = number([below[0] for below in parts], classes)
-    return Images(str(base), paths, labels, names)
+        return ImageSplit(str(base), paths)
+    labels, names = encode_labels([below[0] for below in parts], classes)
+    return ImageSplit(str(base), paths, labels, names)
 
 
 def scan(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
@@ -671,7 +692,7 @@ def scan(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
                 yield entry.path
 
 
-def number(
+def encode_labels(
     values: Sequence[Any], classes: tuple[str, ...] | None
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Label values of a kind to (N,) int64 and their names, in the order of `classes` if given."""
@@ -683,11 +704,11 @@ def number(
     return torch.tensor([place[value] for value in values]), tuple(order)
 
 
-def number_several(
+def encode_multilabels(
     values: Sequence[Sequence[Any]], classes: tuple[str, ...] | None
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Lists of label values to (N, C) bool and the names of the C classes, ordered as `number`."""
-    flat, names = number([value for own in values for value in own], classes)
+    flat, names = encode_labels([value for labels in values for value in labels], classes)
     image = torch.arange(len(values)).repeat_interleave(torch.tensor([len(v) for v in values]))
     labels = torch.zeros(len(values), len(names), dtype=torch.bool)
     labels[image, flat.long()] = True

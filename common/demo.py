@@ -1,31 +1,31 @@
-"""A procedural picture set, small enough to pretrain on in a minute on two cores.
+"""A procedural data set, small enough to pretrain on in a minute on two cores.
 
-Ten classes of patterned patch, 32 x 32 pixels, RGB.  A class is a form of
-pattern: stripes, rings, bricks and so on.  Everything else about an image is
-drawn at random and tells nothing of the class: the patch's place, size and
-outline, the pattern's turn, pitch and phase, which of its two tones is the
-brighter, all tints, the ground, the light and the noise.
+The images are RGB, 32 x 32 pixels, each with one patterned patch. The ten classes
+are patterns: stripes, rings, bricks and so on. Everything else about an image is
+random and independent of the class: the patch's position, size and outline, the
+pattern's rotation, pitch and phase, which of its two tones is brighter, all tints,
+the background, the light and the noise.
 
 Five choices make the set a fair test of self-supervised learning:
 
-* Locally, half of the classes are the same bars.  Stripes, zigzag, rings,
-  spokes, spiral and weave differ only in how the bars run, so filters alone do
-  not tell them apart.
-* Tints are pale and independent of the class, and the ground is nearly plain.
-  With rich tints or a busy ground two views of an image are matched by those,
-  and the pattern is never looked at.
-* The ground has the tone of the patch's middle, and the light falls from the left
-  or right, which a flip exchanges. Is the patch brighter than the ground, is the
-  top brighter than the bottom: two views share the answers, and a method without
-  negatives may learn them and nothing else.
-* Pitch varies by less than a crop's zoom does, so it identifies no instance.
+* Six of the classes look alike in a small window: stripes, zigzag, rings, spokes,
+  spiral and weave are all made of bars and differ only in how the bars run, so
+  local filters alone do not tell them apart.
+* The tints are pale and independent of the class, and the background is nearly
+  plain. With rich tints or a busy background an encoder could match the two views
+  of an image by those and ignore the pattern.
+* The background has the mean tone of the patch, and the light falls from the left
+  or the right, which a flip exchanges. Otherwise both views would share whether the
+  patch is brighter than the background, or the top brighter than the bottom, and a
+  method without negatives might learn that and nothing else.
+* The pitch varies less than a crop's zoom does, so it identifies no image.
 * Every class is closed under mirroring (spirals wind either way), so a
   horizontal flip changes no label.
 
-Top-1 on the 2,000 test images, given the 5,120 training images: raw pixels 44 % by
-kNN (k 20; 52 % where mean and deviation are normalised) and 13 % by a linear
-classifier on features, a random encoder 32 and 24 %, the same encoder trained with
-labels 98 %.
+Top-1 accuracy on the 2,000 test images with the 5,120 training images: raw pixels
+reach 44 % by kNN (k = 20; 52 % if each image's mean and deviation are normalised)
+and 13 % by a linear classifier on features; a random encoder reaches 32 and 24 %,
+the same encoder trained with labels 98 %.
 """
 
 import math
@@ -41,7 +41,7 @@ CLASSES: tuple[str, ...] = (
 
 TURN = 2 * math.pi
 ARMS = 2  # of a spiral; with one it is too near the rings
-BLADES = 6  # bright blades among the spokes
+BLADES = 6  # bright spokes in a circle
 
 
 def _from_centre(x: torch.Tensor) -> torch.Tensor:
@@ -106,8 +106,10 @@ def _tint(hue: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
 
 
 def split(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels of the training split (5,120 images) or, by any other name, the test split
-    (2,000)."""
+    """The images (N, 3, 32, 32) uint8 and labels (N,) int64 of a split.
+
+    N is 5,120 for "train"; any other name means the test split, 2,000 images.
+    """
     return render(5_120, seed=0) if name == "train" else render(2_000, seed=1)
 
 
@@ -121,20 +123,20 @@ def render(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     labels = (torch.arange(count) % len(CLASSES))[torch.randperm(count, generator=generator)]
 
     def draw(low: float = 0.0, high: float = 1.0, *shape: int) -> torch.Tensor:
-        """One number per image, ready to broadcast over its pixels (or a whole field of them)."""
+        """Uniform numbers of a shape per image; by default (1, 1), which broadcasts over pixels."""
         return low + (high - low) * torch.rand(count, *(shape or (1, 1)), generator=generator)
 
     def sign() -> torch.Tensor:
         return torch.where(draw() < 0.5, -1.0, 1.0)
 
-    # Axes of the frame, then of the patch: moved, and turned any way about its centre.
+    # The axes of the frame, then those of the patch: shifted, and rotated about its centre.
     axis = (torch.arange(SIZE) + 0.5) * (2 / SIZE) - 1
     dx, dy = axis - draw(-0.3, 0.3), axis[:, None] - draw(-0.3, 0.3)
     turn = draw(0, TURN)
     x, y = turn.cos() * dx + turn.sin() * dy, turn.cos() * dy - turn.sin() * dx
     radius, angle = torch.hypot(x, y), torch.atan2(y, x)
 
-    # The pattern, in units of its own pitch: 6 to 8.5 pixels, the finest that 32 pixels show well.
+    # The pattern, in units of its pitch: 6 to 8.5 pixels, the finest that 32 pixels show well.
     pitch = draw(6.0, 8.5) * (2 / SIZE)
     coordinates = (
         x / pitch + draw(0, 2),
@@ -146,27 +148,28 @@ def render(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
     pattern = torch.empty(count, SIZE, SIZE)
     for label, function in enumerate(PATTERNS):
-        mine = labels == label
-        pattern[mine] = function(*(c[mine] for c in coordinates))
-    ink = torch.sigmoid(4 * pattern)[:, None]  # about a pixel of slope at an edge: no aliasing
+        members = labels == label
+        pattern[members] = function(*(coordinate[members] for coordinate in coordinates))
+    # An edge is about a pixel wide, which avoids aliasing.
+    ink = torch.sigmoid(4 * pattern)[:, None]
 
-    # The outline is lobed at random, lest the patch's shape be a cue to anything.
+    # The outline has random lobes, so that the patch's shape tells nothing.
     lobes = 0.12 * torch.cos(2 * angle + draw(0, TURN)) + 0.10 * torch.cos(
         3 * angle + draw(0, TURN)
     )
     inside = torch.sigmoid(0.75 * SIZE * (draw(0.62, 0.95) * (1 + lobes) - radius))[:, None]
 
-    # Two tones at least 0.36 apart, either of them the brighter, on a ground of nearly their mean.
+    # Two tones at least 0.36 apart, either one brighter, on a background of nearly their mean.
     middle, contrast, depth = draw(0.4, 0.6), sign() * draw(0.18, 0.34), draw(0, 0.2)
     bright = (middle + contrast)[:, None] * _tint(draw(), depth)
     dark = (middle - contrast)[:, None] * _tint(draw(), depth)
     clouds = F.interpolate(
         draw(-0.075, 0.075, 1, 5, 5), size=(SIZE, SIZE), mode="bicubic", align_corners=True
     )
-    ground = ((middle + draw(-0.05, 0.05))[:, None] + clouds) * _tint(draw(), depth)
-    image = torch.lerp(ground, torch.lerp(dark, bright, ink), inside)
+    background = ((middle + draw(-0.05, 0.05))[:, None] + clouds) * _tint(draw(), depth)
+    image = torch.lerp(background, torch.lerp(dark, bright, ink), inside)
 
-    # Light falls off to the left or right; the sensor adds noise, more in some images than others.
+    # The light fades to the left or right; the sensor adds noise, to some images more than others.
     image = image * (1 + draw(-0.35, 0.35) * axis)[:, None]
     image = image + draw(0, 0.06, 1, 1, 1) * draw(-1, 1, 3, SIZE, SIZE)
     return (255 * image.clamp(0, 1)).round().to(torch.uint8), labels

@@ -1,35 +1,41 @@
-"""Two augmented views of every image of every batch, for the steps that a run still has to do."""
+"""Two augmented views of every image of every batch, from any step of a run on."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torchvision.transforms import v2
 
-from common.augment import Batched, send
-from common.data import Batch, Images, batch_indices, generator
+from common.augment import Batched, ViewError, send
+from common.data import Batch, ImageSplit, batch_indices, generator
+from common.errors import UserError
 
 
-class Pairs:
-    """The stream of view pairs of one run, the same however many processes share it.
+class ViewPairs:
+    """The stream of view pairs of one run, the same for any number of processes.
 
     Indices and augmentation draws are functions of (seed, step) for the *global* batch of N images;
     each of R processes takes its slice of N / R. A run can therefore start at any step, and its
     pairs do not depend on R.
 
     Args:
-        images: the training images; kept on an accelerator where they are few and of one size.
+        images: the training images; kept on an accelerator if they are few and of one size.
         transforms: the distributions of view 1 and of view 2 (the same object where a paper's are).
         batch_size: N.
+        seed: of the order of the images and of the augmentations.
+        device: where the views are delivered.
+        dtype: of the views.
+        rank, processes: which of the R processes this is, and R.
+        workers: processes that decode images; on a CPU they make the views too.
+        drop_last: end each epoch at its last whole batch.
     """
 
     def __init__(
         self,
-        images: Images,
-        transforms: tuple[v2.Transform, v2.Transform],
+        images: ImageSplit,
+        transforms: tuple[Callable, Callable],
         *,
         batch_size: int,
         seed: int,
@@ -43,32 +49,46 @@ class Pairs:
         self.images, self.seed, self.workers = images, seed, workers
         self.device = torch.device(device)
         self.batch_size, self.drop_last = batch_size, drop_last
-        self.programs = [Batched(transform, dtype=dtype) for transform in transforms]
-        share = batch_size // processes
-        self.mine = slice(rank * share, (rank + 1) * share)
-        self.resident = resident(images, self.device)
+        self.augmentations = [Batched(transform, dtype=dtype) for transform in transforms]
+        local_size = batch_size // processes
+        self.local = slice(rank * local_size, (rank + 1) * local_size)
+        # The workers share what runs image by image, as they would in a `Dataset`.
+        self.augmentation_device = torch.device("cpu") if self.unbatched else self.device
+        self.resident = resident(images, self.augmentation_device)
 
     @classmethod
     def of_run(
         cls,
-        images: Images,
-        transforms: tuple[v2.Transform, v2.Transform],
-        cfg: Any,
+        images: ImageSplit,
+        transforms: tuple[Callable, Callable],
+        *,
+        batch_size: int,
+        run: Any,
         accelerator: Accelerator,
-        **other: Any,
-    ) -> "Pairs":
-        """The pairs of this process, by the `batch_size`, `seed` and `workers` of a config."""
+        drop_last: bool = False,
+    ) -> "ViewPairs":
+        """The pairs of this process, by the `seed`, `workers` and `precision` of `run`.
+
+        The views are float64 if the precision is "fp64", float32 otherwise.
+        """
         return cls(
             images,
             transforms,
-            batch_size=cfg.batch_size,
-            seed=cfg.seed,
-            workers=cfg.workers,
+            batch_size=batch_size,
+            seed=run.seed,
+            workers=run.workers,
             device=accelerator.device,
+            dtype=torch.float64 if run.precision == "fp64" else torch.float32,
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
-            **other,
+            drop_last=drop_last,
         )
+
+    @property
+    def unbatched(self) -> list[str]:
+        """The names of the transforms that run image by image, without duplicates."""
+        names = [name for augmentation in self.augmentations for name in augmentation.unbatched]
+        return list(dict.fromkeys(names))
 
     def indices(self, step: int) -> Tensor:
         """(N / R,) this process's images at `step`."""
@@ -79,43 +99,58 @@ class Pairs:
             seed=self.seed,
             drop_last=self.drop_last,
         )
-        return order[self.mine]
+        return order[self.local]
 
     def draws(self, step: int, view: int) -> Tensor:
         """(N / R, draws) uniforms behind this process's views: `view` is 0 or 1."""
-        shape = (self.batch_size, self.programs[view].draws)
+        shape = (self.batch_size, self.augmentations[view].draws)
         stream = generator(self.seed, "views", step, view)
-        return torch.rand(shape, generator=stream, dtype=torch.float64)[self.mine]
+        return torch.rand(shape, generator=stream, dtype=torch.float64)[self.local]
 
     def __call__(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(view1, view2), each (N / R, 3, H, W) float on the device, for steps first..last-1."""
+        """(view1, view2), each (N / R, 3, H, W) float on the device, for steps first..last-1.
+
+        Raises:
+            UserError: a transform's results cannot be stacked.
+        """
         views = self.views(first, last)
         return ahead(views, self.device) if self.device.type == "cuda" else views
 
     def views(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pairs, each made when it is asked for; by the decoding workers where all have CPUs.
+        """The pairs, each made when it is asked for; by the decoding workers if made on CPUs.
 
-        Threads would not do: each operation on a large image is short, and Python starts one after
-        the other.
+        Threads would not help: each operation on a large image is short, and Python starts them one
+        after the other.
         """
         orders = map(self.indices, range(first, last))
-        if self.device.type == "cpu":
-            yield from self.images.batches(orders, self.workers, partial(self.pair, first))
-            return
-        for i, batch in enumerate(self.batches(orders)):
-            yield self.pair(first, i, batch)
+        make = partial(self.pair, first)
+        if self.augmentation_device.type == "cpu":
+            pairs = self.images.batches(orders, self.workers, make)
+        else:
+            pairs = (make(i, batch) for i, batch in enumerate(self.batches(orders)))
+        for pair in pairs:
+            if isinstance(pair, UserError):
+                raise pair
+            view1, view2 = (view.to(self.device, non_blocking=True) for view in pair)
+            yield view1, view2
 
-    def pair(self, first: int, i: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The views of the batch of step `first + i`."""
-        images = batch.images.to(self.device, non_blocking=True)
-        view1, view2 = (
-            program(images, self.draws(first + i, view), batch.sizes)
-            for view, program in enumerate(self.programs)
-        )
+    def pair(self, first: int, i: int, batch: Batch) -> tuple[Tensor, Tensor] | UserError:
+        """The views of the batch of step `first + i`.
+
+        An error is returned: one raised in a worker would arrive as a page of traceback.
+        """
+        images = batch.images.to(self.augmentation_device, non_blocking=True)
+        try:
+            view1, view2 = (
+                augmentation(images, self.draws(first + i, view), batch.sizes)
+                for view, augmentation in enumerate(self.augmentations)
+            )
+        except ViewError as error:
+            return UserError(str(error))
         return view1, view2
 
     def batches(self, orders: Iterable[Tensor]) -> Iterator[Batch]:
-        """The images, from the accelerator's own memory where they are resident."""
+        """The images, from the accelerator's memory if they are resident."""
         if self.resident is None:
             yield from self.images.batches(orders, self.workers)
             return
@@ -124,21 +159,21 @@ class Pairs:
             yield Batch(images, torch.tensor(images.shape[2:]).expand(len(images), 2), order)
 
 
-def resident(images: Images, device: torch.device) -> Tensor | None:
-    """The decoded images on an accelerator, if they are one tensor of at most a tenth of it."""
+def resident(images: ImageSplit, device: torch.device) -> Tensor | None:
+    """The decoded images on an accelerator, if they are one tensor in a tenth of its memory."""
     store = images.store
     if device.type != "cuda" or not isinstance(store, Tensor) or images.bad:
         return None
-    room = torch.cuda.get_device_properties(device).total_memory // 10
-    return store.to(device) if store.nbytes <= room else None
+    budget = torch.cuda.get_device_properties(device).total_memory // 10
+    return store.to(device) if store.nbytes <= budget else None
 
 
 def ahead(
     pairs: Iterator[tuple[Tensor, Tensor]], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same pairs, each made on a stream of its own while the step before it computes.
+    """The same pairs, each made on a separate stream while the step before it computes.
 
-    A CPU has nothing to gain: its cores are busy with the step.
+    A CPU would gain nothing: its cores are busy with the step.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))  # for the resident images
@@ -152,6 +187,6 @@ def ahead(
         step = torch.cuda.current_stream(device)
         step.wait_stream(stream)
         for view in pair:
-            view.record_stream(step)  # or its memory would be given away while the step reads it
+            view.record_stream(step)  # or its memory would be reused while the step reads it
         following = make()
         yield pair

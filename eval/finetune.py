@@ -3,18 +3,18 @@
     python -m eval.finetune RUN                                  # the protocol of the run's method
     python -m eval.finetune RUN --label-fraction 0.01            # semi-supervised
     python -m eval.finetune RUN --subset 1percent.txt            # the same, on listed images
-    python -m eval.finetune RUN --weights random --epochs 20     # the supervised twin
+    python -m eval.finetune RUN --weights random --epochs 20     # the supervised baseline
     python -m eval.finetune RUN --freeze 5                       # the classifier and the head alone
 
-`simclr`, `simclr-v2` and `byol` are the papers' protocols; MoCo's papers have none, and SimCLR's is
-used for it. All: crop and flip, no weight decay, no warm-up, cosine to 0 per step. Where a protocol
-has several rates and lengths, each is run, and one is chosen on held-out training images.
+`simclr`, `simclr-v2` and `byol` are the papers' protocols; MoCo's papers have none, so SimCLR's is
+used. All have crop and flip, no weight decay, no warm-up, and a cosine to 0 per step. Where a
+protocol has several rates and lengths, all are run, and one is chosen on held-out training images.
 
-BatchNorm is in training mode, but for frozen layers. A batch of more than 256 images goes through
+BatchNorm is in training mode, except in frozen layers. A batch of more than 256 images is processed
 in parts, whose gradients add up to the batch's; BatchNorm sees the parts (PAPER/CODE: SimCLR v2's
-is over the whole batch). The supervised twin is what the same network, input and views reach when
-every label is known: the ceiling for a method on that data. Top-1 is that of the last epoch.
-Stopped, the same command goes on where it was.
+is over the whole batch). The supervised baseline is what the same network, input and views reach
+when every label is known: the ceiling for a method on that data. Top-1 is that of the last epoch.
+A command that was stopped resumes when it is given again.
 """
 
 import copy
@@ -22,50 +22,37 @@ import hashlib
 import itertools
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
+
+from common import cli
+from eval.settings import Finetune as Settings
+
+if __name__ == "__main__":  # a mistake is reported before torch is imported
+    arguments = cli.run(
+        cli.parse_settings, Settings, sys.argv[1:], "python -m eval.finetune", __doc__
+    )
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
-from common import cli
 from common.augment import Batched
-from common.data import Batch, Images, batch_indices, generator, name_of, take
+from common.data import Batch, ImageSplit, batch_indices, generator, name_of, subset
+from common.errors import UserError
 from eval.encoder import Cut, Encoder, load
 from eval.features import digest_of
 from eval.knn import accuracy
-from eval.linear import MEMORY_GB, judged, train_views
+from eval.linear import MEMORY_GB, predictions, train_views
 from eval.results import Subject, changed, confidence, name_of_record, record, subjects
 from eval.unfinished import Unfinished
 
 PART = 256  # images that go through the network at once
-FEW = 256  # the batch on small images, or on few
+FEW = 256  # the batch size where images are small or few
 ETA = 0.001  # trust coefficient of LARS (arXiv 1708.03888)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Fine-tune an encoder with labels."""
-
-    run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder or an encoder.safetensors
-    weights: str = ""  # start from these instead: random (the supervised twin), torchvision:ARCH
-    data: str = ""  # images to train and judge on; default: those of the run
-    image_column: str | None = None  # of a table with several, if not the run's
-    label_column: str | None = None  # likewise
-    protocol: Literal["", "simclr", "simclr-v2", "byol"] = ""  # default: the method's
-    layer: int | None = None  # 0: from the representation; k: from the head's k-th hidden layer
-    label_fraction: float = 1.0  # of the training images, balanced over the classes
-    subset: str = ""  # a file that names the images to train on, one a line, in place of a fraction
-    freeze: int = 0  # first stages to leave as they are: 1 the stem, to 5 all of a ResNet
-    epochs: int = 0  # default: the protocol's
-    base_lr: float = 0.0  # default: the protocol's; scaled by the batch as there
-    batch_size: int = 0  # default: the protocol's, of all images if they are fewer
-    weight_decay: float = 0.0  # on all parameters, with SGD
-    seed: int = 1  # of labels, order, crops and the classifier's initial weights
 
 
 @dataclass(frozen=True)
@@ -78,7 +65,7 @@ class Protocol:
     batch_size: int
     square_root: bool = False  # the rate grows with the root of the batch, not with the batch
     lars: bool = False
-    zero_init: bool = False  # the classifier begins at zeros
+    zero_init: bool = False  # the classifier starts at zeros
 
     def peak(self, rate: float, size: int) -> float:
         return rate * (math.sqrt(size) if self.square_root else size / 256)
@@ -97,14 +84,14 @@ PROTOCOLS = {"simclr": SIMCLR, "simclr-v2": SIMCLR_V2, "byol": BYOL, "moco": SIM
 
 
 def protocol_of(encoder: Encoder, settings: Settings, percent: float) -> Protocol:
-    """The protocol asked for, or that of the run's method, at a share of the labels.
+    """The protocol asked for, or that of the run's method, with `percent` of the labels.
 
-    The supervised twin's is SimCLR's, whatever the run's method is.
+    The supervised baseline has SimCLR's, whatever the run's method is.
     """
     name = settings.protocol
     if not name and encoder.name == "encoder":
-        name = encoder.about.get("method", "simclr")
-        if name == "simclr" and encoder.about.get("head", []).count("Linear") == 3:
+        name = encoder.metadata.get("method", "simclr")
+        if name == "simclr" and encoder.metadata.get("head", []).count("Linear") == 3:
             name = "simclr-v2"
     paper = PROTOCOLS.get(name, SIMCLR)
     if paper is not BYOL:
@@ -118,92 +105,94 @@ def protocol_of(encoder: Encoder, settings: Settings, percent: float) -> Protoco
 
 
 def batch_of(protocol: Protocol, settings: Settings, count: int, size: int) -> int:
-    """The batch on `count` images, at `size` pixels; FEW where nobody has published anything.
+    """The batch size for `count` images of `size` pixels; FEW where nothing is published.
 
-    1 % of ImageNet are 12,811 images, three batches of 4096.
+    1 % of ImageNet is 12,811 images, three batches of 4096.
     """
-    small = count < 10_000 or size <= 32
-    return min(FEW if small and not settings.batch_size else protocol.batch_size, count)
+    few_or_small = count < 10_000 or size <= 32
+    return min(FEW if few_or_small and not settings.batch_size else protocol.batch_size, count)
 
 
 def layer_of(encoder: Encoder, settings: Settings) -> int:
-    """SimCLR v2 begins at the head's first hidden layer, but with all labels at h (README)."""
-    own = protocol_of(encoder, settings, 100).name == "simclr-v2"
-    few = settings.label_fraction < 1 or bool(settings.subset)
-    return settings.layer if settings.layer is not None else int(own and few)
+    """SimCLR v2 starts at the head's first hidden layer, but with all labels at h (README)."""
+    is_v2 = protocol_of(encoder, settings, 100).name == "simclr-v2"
+    few_labels = settings.label_fraction < 1 or bool(settings.subset)
+    return settings.layer if settings.layer is not None else int(is_v2 and few_labels)
 
 
 # ---- which images, which layers ------------------------------------------------------------------
 
 
-def choose(images: Images, fraction: float, subset: str, seed: int) -> Tensor:
-    """(N,) bool: the images to train on, named by the file `subset` or drawn for each class.
+def choose(images: ImageSplit, fraction: float, subset: str, seed: int) -> Tensor:
+    """(N,) bool: the images to train on, named by the file `subset` or drawn from each class.
 
     Raises:
-        UserError: the file is unreadable or names an image that is not there.
+        UserError: the file cannot be read, or names an image that does not exist.
     """
     assert images.labels is not None
-    keep = torch.zeros(len(images), dtype=torch.bool)
+    selected = torch.zeros(len(images), dtype=torch.bool)
     if subset:
         try:
             lines = Path(subset).read_text().splitlines()
-            wanted = {Path(line.strip()).as_posix() for line in lines if line.strip()}
+            names = {Path(line.strip()).as_posix() for line in lines if line.strip()}
         except (OSError, ValueError) as error:
-            raise cli.UserError(f"--subset {subset}: cannot be read ({error})") from error
-        places = by_name(images, {len(Path(name).parts) for name in wanted})
-        if missing := sorted(wanted - places.keys()):
-            raise cli.UserError(f"--subset {subset}: {len(missing)} not there, e.g. {missing[0]}")
-        for name in sorted(wanted):
-            if len(places[name]) > 1:
-                raise cli.UserError(
-                    f"--subset {subset}: {len(places[name])} images are called {name}; "
+            raise UserError(f"--subset {subset}: cannot be read ({error})") from error
+        indices = by_name(images, {len(Path(name).parts) for name in names})
+        if missing := sorted(names - indices.keys()):
+            raise UserError(f"--subset {subset}: {len(missing)} not there, e.g. {missing[0]}")
+        for name in sorted(names):
+            if len(indices[name]) > 1:
+                raise UserError(
+                    f"--subset {subset}: {len(indices[name])} images are called {name}; "
                     "give FOLDER/NAME"
                 )
-            keep[places[name]] = True
-        return keep
+            selected[indices[name]] = True
+        return selected
     for c in images.labels.unique().tolist():
-        own = (images.labels == c).nonzero()[:, 0]
-        order = torch.randperm(len(own), generator=generator(seed, "labels", c))
-        keep[own[order[: max(1, round(fraction * len(own)))]]] = True
-    return keep
+        of_class = (images.labels == c).nonzero()[:, 0]
+        order = torch.randperm(len(of_class), generator=generator(seed, "labels", c))
+        selected[of_class[order[: max(1, round(fraction * len(of_class)))]]] = True
+    return selected
 
 
-def by_name(images: Images, depths: Iterable[int]) -> dict[str, list[int]]:
-    """Indices of the images of each name: the last parts of their paths, as many as `depths` say.
+def by_name(images: ImageSplit, depths: Iterable[int]) -> dict[str, list[int]]:
+    """Indices of the images of each name: the last parts of a path, as many as `depths` contains.
 
-    The Hub's ImageNet calls n01440764_10026.JPEG, as the official lists have it,
+    The official lists have n01440764_10026.JPEG for what the Hub's ImageNet calls
     n01440764_10026_n01440764.JPEG.
     """
-    places: dict[str, list[int]] = {}
+    indices: dict[str, list[int]] = {}
     for i in range(len(images)):
         parts = Path(re.sub(r"_n\d{8}(?=\.JPEG$)", "", name_of(images.encoded[i], i))).parts
         for depth in depths:
-            places.setdefault("/".join(parts[-depth:]), []).append(i)
-    return places
+            indices.setdefault("/".join(parts[-depth:]), []).append(i)
+    return indices
 
 
 def stages(network: nn.Module) -> list[list[nn.Module]]:
-    """The layers of an encoder from the input on: of a ResNet the stem and its four groups."""
+    """The layers of an encoder, from the input on: of a ResNet the stem and the four groups."""
     if isinstance(network, Cut):
         return stages(network.encoder)
     if layers := getattr(network, "layers", None):  # the demo's: convolution, BatchNorm, ReLU
         return [list(layers[i : i + 3]) for i in range(0, 12, 3)]
     parts = dict(network.named_children())
+    if "layer4" not in parts:
+        raise UserError("--freeze: only a ResNet and the demo network have stages")
     return [[parts["conv1"], parts["bn1"]], *([parts[f"layer{i}"]] for i in range(1, 5))]
 
 
 def freeze(network: nn.Module, count: int) -> None:
-    """Leave the first `count` stages as they are: no gradient, and BatchNorm in evaluation mode.
+    """Freeze the first `count` stages: no gradient, and BatchNorm in evaluation mode.
 
     Raises:
-        UserError: there are not so many.
+        UserError: the encoder has fewer.
     """
     if count == 0:
         return
-    found = stages(network)
-    if count > len(found):
-        raise cli.UserError(f"--freeze {count}: the encoder has {len(found)} stages")
-    for module in itertools.chain(*found[:count]):
+    layers = stages(network)
+    if count > len(layers):
+        raise UserError(f"--freeze {count}: the encoder has {len(layers)} stages")
+    for module in itertools.chain(*layers[:count]):
         module.requires_grad_(False).eval()
 
 
@@ -216,7 +205,13 @@ class LARS(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Tensor] | Iterable[dict], momentum: float = 0.9, eta: float = ETA
     ) -> None:
-        settings = {"lr": 0.0, "weight_decay": 0.0, "adapt": True, "momentum": momentum, "eta": eta}
+        settings = {
+            "lr": 0.0,
+            "weight_decay": 0.0,
+            "lars_adaptation": True,
+            "momentum": momentum,
+            "eta": eta,
+        }
         super().__init__(params, settings)
 
     @torch.no_grad()
@@ -234,7 +229,7 @@ class LARS(torch.optim.Optimizer):
                 [p.grad for p in params], params, alpha=group["weight_decay"]
             )
             rates = [group["lr"]] * len(params)
-            if group["adapt"]:
+            if group["lars_adaptation"]:
                 trust = torch.stack(torch._foreach_norm(params)) * group["eta"]
                 trust /= torch.stack(torch._foreach_norm(grads))
                 trust = torch.where((trust > 0) & trust.isfinite(), trust, 1.0)
@@ -247,17 +242,17 @@ class LARS(torch.optim.Optimizer):
 def optimizer_of(
     model: nn.Sequential, protocol: Protocol, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """That of the protocol; its rate is set before every step."""
+    """The protocol's optimizer; its learning rate is set before every step."""
     params = [p for p in model.parameters() if p.requires_grad]
     if not protocol.lars:
         return torch.optim.SGD(
             params, lr=0.0, momentum=0.9, nesterov=True, weight_decay=weight_decay
         )
     # CODE model_util.py:95-100: neither biases, nor normalisation, nor the classifier are adapted
-    plain = {id(p) for p in params if p.ndim <= 1} | {id(p) for p in model[1].parameters()}
+    unadapted = {id(p) for p in params if p.ndim <= 1} | {id(p) for p in model[1].parameters()}
     groups = [
-        {"params": [p for p in params if id(p) not in plain], "adapt": True},
-        {"params": [p for p in params if id(p) in plain], "adapt": False},
+        {"params": [p for p in params if id(p) not in unadapted], "lars_adaptation": True},
+        {"params": [p for p in params if id(p) in unadapted], "lars_adaptation": False},
     ]
     return LARS(groups, momentum=0.9)
 
@@ -267,18 +262,18 @@ def optimizer_of(
 
 def fine_tune(
     encoder: Encoder,
-    images: Images,
+    images: ImageSplit,
     protocol: Protocol,
     settings: Settings,
     device: str,
     unfinished: Unfinished,
-    before: dict[str, Any],
+    progress: dict[str, Any],
 ) -> nn.Sequential:
-    """Encoder and classifier after the last epoch, in evaluation mode; `encoder` keeps its own.
+    """Encoder and classifier after the last epoch, in evaluation mode; `encoder` is not changed.
 
     Args:
         protocol: with one rate and one length.
-        before: what is to be kept beside the state of this training.
+        progress: is saved beside the state of this training.
     """
     assert images.labels is not None
     (rate,), (epochs,) = protocol.rates, protocol.epochs
@@ -297,7 +292,7 @@ def fine_tune(
     if first:
         model.load_state_dict(unfinished.state["model"])
         optimizer.load_state_dict(unfinished.state["optimizer"])
-    program = Batched(train_views(encoder.input))
+    augmentation = Batched(train_views(encoder.input))
 
     def batches(first: int) -> Iterator[Batch]:
         order = {"batch_size": size, "count": len(images), "seed": settings.seed}
@@ -305,18 +300,18 @@ def fine_tune(
         return images.batches(orders, workers=2)
 
     def state() -> dict[str, Any]:
-        return before | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        return progress | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
-    what = f"finetune {protocol.name}, rate {rate:g}, {epochs} epochs"
-    for step, batch in unfinished.steps(batches, steps, what, state, first):
+    description = f"finetune {protocol.name}, rate {rate:g}, {epochs} epochs"
+    for step, batch in unfinished.steps(batches, steps, description, state, first):
         stream = generator(settings.seed, "finetune", step)
-        draws = torch.rand((size, program.draws), generator=stream, dtype=torch.float64)
+        draws = torch.rand((size, augmentation.draws), generator=stream, dtype=torch.float64)
         labels = images.labels[batch.indices].to(device)
         optimizer.zero_grad()
         for part in torch.arange(size).split(PART):
-            own = slice(int(part[0]), int(part[-1]) + 1)
-            views = program(batch.images[own].to(device), draws[own], batch.sizes[own])
-            loss = F.cross_entropy(model(views), labels[own], reduction="sum") / size
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            views = augmentation(batch.images[rows].to(device), draws[rows], batch.sizes[rows])
+            loss = F.cross_entropy(model(views), labels[rows], reduction="sum") / size
             loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -324,44 +319,48 @@ def fine_tune(
     return model.eval()
 
 
-def hits(found: Iterable[tuple[Tensor, Tensor]]) -> int:
-    return sum(int((logits.argmax(1) == labels).sum()) for logits, labels in found)
+def hits(predicted: Iterable[tuple[Tensor, Tensor]]) -> int:
+    return sum(int((logits.argmax(1) == labels).sum()) for logits, labels in predicted)
 
 
 def best_of(
-    subject: Subject, train: Images, protocol: Protocol, settings: Settings, unfinished: Unfinished
+    subject: Subject,
+    train: ImageSplit,
+    protocol: Protocol,
+    settings: Settings,
+    unfinished: Unfinished,
 ) -> tuple[nn.Sequential, Protocol]:
-    """The network of the rate and the length that do best on held-out training images.
+    """The network and the protocol of the rate and length that are best on held-out images.
 
-    A tenth of `train`, at most 10,000 images, is held out if there is anything to choose.
+    A tenth of `train`, at most 10,000 images, is held out if there is a choice.
     """
     options = [
         replace(protocol, rates=(rate,), epochs=(epochs,))
         for rate, epochs in itertools.product(protocol.rates, protocol.epochs)
     ]
-    own, device = (subject.encoder, train), subject.device
+    encoder, device = subject.encoder, subject.device
     if len(options) == 1:
-        return fine_tune(*own, options[0], settings, device, unfinished, {}), options[0]
+        model = fine_tune(encoder, train, options[0], settings, device, unfinished, {})
+        return model, options[0]
     held_out = torch.zeros(len(train), dtype=torch.bool)
     order = torch.randperm(len(train), generator=generator(settings.seed, "held out"))
     held_out[order[: max(1, min(len(train) // 10, 10_000))]] = True
-    part, choosing = take(train, ~held_out, "9/10"), take(train, held_out, "1/10")
-    part.into_memory(MEMORY_GB)
-    choosing.into_memory(MEMORY_GB)
-    every = torch.arange(len(choosing))
-    given = subject.encoder.input
+    train, validation = subset(train, ~held_out, "9/10"), subset(train, held_out, "1/10")
+    train.into_memory(MEMORY_GB)
+    validation.into_memory(MEMORY_GB)
+    index = torch.arange(len(validation))
     done = {k: unfinished.state.get(k, v) for k, v in (("option", 0), ("most", -1), ("best", -1))}
     weights: Any = unfinished.state.get("weights")
     for i in range(done["option"], len(options)):
-        before = {**done, "option": i, "weights": weights}
-        model = fine_tune(subject.encoder, part, options[i], settings, device, unfinished, before)
-        right = hits(judged(model, choosing, given, every, device))
-        if right > done["most"]:
-            done |= {"most": right, "best": i}
+        progress = {**done, "option": i, "weights": weights}
+        model = fine_tune(encoder, train, options[i], settings, device, unfinished, progress)
+        correct = hits(predictions(model, validation, encoder.input, index, device))
+        if correct > done["most"]:
+            done |= {"most": correct, "best": i}
             weights = copy.deepcopy(model.state_dict())
         done["option"] = i + 1
-        unfinished.keep(**done, weights=weights, step=0)
-    model = nn.Sequential(copy.deepcopy(subject.encoder.network), nn.Identity())
+        unfinished.save(**done, weights=weights, step=0)
+    model = nn.Sequential(copy.deepcopy(encoder.network), nn.Identity())
     width, classes = weights["1.weight"].shape[::-1]
     model[1] = nn.Linear(width, classes)
     model.load_state_dict(weights)
@@ -371,29 +370,29 @@ def best_of(
 def judge(subject: Subject, settings: Settings) -> None:
     train, test = subject.splits()
     if subject.encoder.name == "pixels":
-        raise cli.UserError("--weights pixels: there is nothing to fine-tune")
-    keep = choose(train, settings.label_fraction, settings.subset, settings.seed)
-    whole, classes = bool(keep.all()), len(train.classes)
-    share = round(100 * keep.double().mean().item()) if settings.subset else None
-    percent = 100 * settings.label_fraction if share is None else max(1, share)
+        raise UserError("--weights pixels: there is nothing to fine-tune")
+    selected = choose(train, settings.label_fraction, settings.subset, settings.seed)
+    all_labels, classes = bool(selected.all()), len(train.classes)
+    listed = round(100 * selected.double().mean().item()) if settings.subset else None
+    percent = 100 * settings.label_fraction if listed is None else max(1, listed)
     protocol = protocol_of(subject.encoder, settings, percent)
-    train = train if whole else take(train, keep, f"{percent:g} % of the labels")
+    train = train if all_labels else subset(train, selected, f"{percent:g} % of the labels")
     size = batch_of(protocol, settings, len(train), subject.encoder.input.size)
     protocol = replace(protocol, batch_size=size)
-    own_layer = subject.encoder.layer == layer_of(subject.encoder, replace(settings, layer=None))
+    default_layer = layer_of(subject.encoder, replace(settings, layer=None))
     name = f"finetune-{percent:g}-{protocol.name}"  # percent of the labels
-    name += "" if own_layer else subject.encoder.suffix
+    name += "" if subject.encoder.layer == default_layer else subject.encoder.suffix
     name += f"-freeze{settings.freeze}" if settings.freeze else ""
     train.into_memory(MEMORY_GB)
     test.into_memory(MEMORY_GB)
     if protocol.lars and settings.weight_decay:
-        raise cli.UserError("--weight-decay: not with LARS, whose protocol has none")
-    given = subject.encoder.input
-    key = f"{digest_of(subject.encoder.network, given, train)} {protocol} {settings}"
+        raise UserError("--weight-decay: not with LARS, whose protocol has none")
+    preprocess = subject.encoder.input
+    key = f"{digest_of(subject.encoder.network, preprocess, train)} {protocol} {settings}"
     unfinished = Unfinished(subject.folder, name_of_record(subject, name), key)
     model, chosen = best_of(subject, train, protocol, settings, unfinished)
-    judging = judged(model, test, given, torch.arange(len(test)), subject.device)
-    rankings, truths = zip(*((x.argsort(1, descending=True), y) for x, y in judging), strict=True)
+    testing = predictions(model, test, preprocess, torch.arange(len(test)), subject.device)
+    rankings, truths = zip(*((x.argsort(1, descending=True), y) for x, y in testing), strict=True)
     ranking, truth = torch.cat(rankings), torch.cat(truths)
     top1 = accuracy(ranking, truth)
     record(
@@ -403,7 +402,7 @@ def judge(subject: Subject, settings: Settings) -> None:
         top5=accuracy(ranking, truth, 5) if classes > 5 else None,
         counts=(len(train), len(truth)),
         interval=confidence(top1, len(truth)),
-        labels=None if whole else hashlib.sha256(keep.numpy().tobytes()).hexdigest(),
+        labels=None if all_labels else hashlib.sha256(selected.numpy().tobytes()).hexdigest(),
         subset=settings.subset or None,
         layer=subject.encoder.layer or None,
         lr=round(chosen.peak(chosen.rates[0], chosen.batch_size), 6),
@@ -418,10 +417,7 @@ def judge(subject: Subject, settings: Settings) -> None:
     unfinished.remove()
 
 
-def main() -> None:
-    settings = cli.check_ranges(
-        tyro.cli(Settings, prog="python -m eval.finetune", description=__doc__)
-    )
+def main(settings: Settings) -> None:
     s = settings
     layer = layer_of(load(s.run, s.weights), s)
     columns = (s.image_column, s.label_column)
@@ -430,4 +426,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, arguments)

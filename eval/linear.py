@@ -3,30 +3,37 @@
     python -m eval.linear RUN                        # the protocol of the run's method
     python -m eval.linear RUN --protocol features    # one pass over the images, then seconds
 
-`simclr`, `moco` and `byol` are the papers': every epoch goes through the network with crop and
-flip. `features` is ours: features are computed once, without augmentation; it is quick, and never
-held against a paper's figure. Where a protocol sweeps learning rates, all are trained at once and
-one is chosen on held-out training images.
+`simclr`, `moco` and `byol` are the papers' protocols: in every epoch the images go through the
+network with crop and flip. `features` is ours: features are computed once, without augmentation; it
+is quick, and is never compared with a paper's figure. Where a protocol sweeps learning rates, all
+are trained at once and one is chosen on held-out training images.
 
-Top-1 is that of the last epoch. The encoder is in evaluation mode, and proven unchanged.
-Stopped, the same command goes on where it was.
+Top-1 is that of the last epoch. The encoder is in evaluation mode, and checked to be unchanged.
+A command that was stopped resumes when it is given again.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+
+from common import cli
+from eval.settings import Linear as Settings
+
+if __name__ == "__main__":  # a mistake is reported before torch is imported
+    arguments = cli.run(
+        cli.parse_settings, Settings, sys.argv[1:], "python -m eval.linear", __doc__
+    )
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from common import cli
 from common.augment import Batched
-from common.data import Images, batch_indices, generator
-from eval.encoder import Input
+from common.data import ImageSplit, batch_indices, generator
+from common.errors import UserError
+from eval.encoder import Preprocess
 from eval.features import digest_of, fingerprint, prepare
 from eval.knn import accuracy
 from eval.results import Subject, changed, confidence, name_of_record, record, subjects
@@ -36,37 +43,20 @@ MEMORY_GB = 4.0  # decode once and keep the pixels if they need less than this
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Train a linear classifier on a frozen encoder, beside baselines if asked."""
-
-    run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder or an encoder.safetensors
-    weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH
-    baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
-    data: str = ""  # images to judge on; default: those of the run
-    image_column: str | None = None  # of a table with several, if not the run's
-    label_column: str | None = None  # likewise
-    layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
-    protocol: Literal["", "simclr", "moco", "byol", "features"] = ""  # default: the method's
-    epochs: int = 0  # default: the protocol's
-    batch_size: int = 0  # default: the protocol's; the learning rate follows it
-    seed: int = 1  # of order and crops
-
-
-@dataclass(frozen=True)
 class Protocol:
     """How a linear classifier is trained: SGD with momentum 0.9 and no weight decay."""
 
     name: str
-    rates: tuple[float, ...]  # at batch 256; of several, one is chosen on held-out images
+    rates: tuple[float, ...]  # at batch 256; one of several is chosen on held-out images
     batch_size: int
     epochs: int
     nesterov: bool = True
-    milestones: tuple[float, ...] = ()  # shares of the training where the rate falls tenfold
-    init_std: float = 0.0  # of the normal initial weights; biases start at 0
+    milestones: tuple[float, ...] = ()  # fractions of training at which the rate falls tenfold
+    init_std: float = 0.0  # of the normal initial weights; the biases start at 0
     augment: bool = True  # crop and flip through the network; False: features computed once
 
     def decay_at(self, step: int, steps: int) -> float:
-        """What the rates are multiplied with: tenfold steps, else a cosine to 0, per step."""
+        """The factor of the rates at a step: tenfold steps down, else a cosine to 0."""
         if self.milestones:
             return 0.1 ** sum(step >= share * steps for share in self.milestones)
         return 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -88,10 +78,10 @@ MOCO = Protocol(
 )
 # arXiv 2006.07733 App. C.1. PAPER/CODE: five rates in the paper, 0.2 alone in the code; batch 1024
 # in the paper, 4096 as the code's default. It starts from Haiku's initial weights, here from a
-# normal(0.01): the problem is convex and does not remember.
+# normal(0.01): the problem is convex, so the solution does not depend on them.
 RATES = (0.4, 0.3, 0.2, 0.1, 0.05)
 BYOL = Protocol("byol", rates=RATES, batch_size=1024, epochs=80, init_std=0.01)
-# Ours: standardised features.
+# Ours, on standardised features
 FEATURES = Protocol(
     "features", rates=(0.01, 0.03, 0.1, 0.3, 1.0), batch_size=512, epochs=100, augment=False
 )
@@ -99,11 +89,11 @@ PROTOCOLS = {"simclr": SIMCLR, "moco": MOCO, "byol": BYOL, "features": FEATURES}
 
 
 def protocol_of(subject: Subject, settings: Settings) -> Protocol:
-    """The protocol asked for, or that of the run's method; `features` where that has none.
+    """The protocol asked for, or that of the run's method; `features` where it has none.
 
-    Pixels have no network to go through.
+    Pixels have no network to go through, and are always `features`.
     """
-    name = settings.protocol or subject.encoder.about.get("method", "")
+    name = settings.protocol or subject.encoder.metadata.get("method", "")
     pixels = subject.encoder.name == "pixels"
     paper = FEATURES if pixels else PROTOCOLS.get(name, FEATURES)
     if paper is SIMCLR and subject.encoder.input.size <= 32:
@@ -139,50 +129,52 @@ class Probe:
 
     def logits(self, features: Tensor) -> Tensor:
         """(B, F) to (R, B, C)."""
-        wide = self.weight.permute(1, 0, 2).flatten(1)  # one product, not R: no copies of features
-        logits = torch.addmm(wide[-1], features, wide[:-1])
+        joined = self.weight.permute(1, 0, 2).flatten(1)  # one product in place of R
+        logits = torch.addmm(joined[-1], features, joined[:-1])
         return logits.unflatten(1, (len(self.weight), -1)).permute(1, 0, 2)
 
     def step(self, features: Tensor, labels: Tensor, decay: float) -> None:
         """One SGD step of every classifier on (B, F) features and (B,) labels."""
         error = self.logits(features).softmax(-1) - F.one_hot(labels, self.weight.shape[-1])
-        slope = error.permute(1, 0, 2).flatten(1) / len(features)  # of the mean cross entropy
-        grad = torch.cat([features.T @ slope, slope.sum(0, keepdim=True)])
-        grad = grad.unflatten(1, (len(error), -1)).permute(1, 0, 2)  # (R, F + 1, C)
+        error = error.permute(1, 0, 2).flatten(1) / len(features)  # of the mean cross entropy
+        grad = torch.cat([features.T @ error, error.sum(0, keepdim=True)])
+        grad = grad.unflatten(1, (len(self.weight), -1)).permute(1, 0, 2)  # (R, F + 1, C)
         self.velocity.mul_(0.9).add_(grad)
-        move = grad.add_(self.velocity, alpha=0.9) if self.protocol.nesterov else self.velocity
-        self.weight.sub_(move * self.rates * decay)
+        update = grad.add_(self.velocity, alpha=0.9) if self.protocol.nesterov else self.velocity
+        self.weight.sub_(update * self.rates * decay)
 
-    def keep(self, chosen: int) -> None:
-        """Forget all classifiers but one."""
+    def select(self, chosen: int) -> None:
+        """Discard all classifiers but one."""
         self.weight, self.rates = self.weight[chosen, None], self.rates[chosen, None]
 
 
 def hold_out(count: int, protocol: Protocol, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and indices to choose the rate on: a tenth, at most 10,000, if needed.
+    """Indices of the images to train on, and of those to choose the rate on.
+
+    The latter are a tenth, at most 10,000, if there is a choice, else none.
 
     Raises:
-        UserError: it is needed, and there is one image only.
+        UserError: there is a choice, and only one image.
     """
     if len(protocol.rates) == 1:
         return torch.arange(count), torch.arange(0)
     if count < 2:
-        raise cli.UserError("one training image: none is left to choose the learning rate on")
+        raise UserError("one training image: none is left to choose the learning rate on")
     order = torch.randperm(count, generator=generator(seed, "held out"))
     size = max(1, min(count // 10, 10_000))  # arXiv 2006.07733 App. C.1: 10,009 of ImageNet
     return order[size:].sort().values, order[:size].sort().values
 
 
-def steps_of(kept: Tensor, protocol: Protocol) -> int:
-    return len(kept) // min(protocol.batch_size, len(kept)) * protocol.epochs
+def total_steps(count: int, protocol: Protocol) -> int:
+    return count // min(protocol.batch_size, count) * protocol.epochs
 
 
-def orders(kept: Tensor, protocol: Protocol, seed: int, first: int = 0) -> Iterator[Tensor]:
-    """(B,) indices of the images of every step from `first` on."""
-    size, count = min(protocol.batch_size, len(kept)), len(kept)
-    for step in range(first, steps_of(kept, protocol)):
-        place = batch_indices(step, batch_size=size, count=count, seed=seed, drop_last=True)
-        yield kept[place]
+def shuffled(index: Tensor, protocol: Protocol, seed: int, first: int = 0) -> Iterator[Tensor]:
+    """(B,) of the (N,) indices for every step from `first` on."""
+    size, count = min(protocol.batch_size, len(index)), len(index)
+    for step in range(first, total_steps(count, protocol)):
+        order = batch_indices(step, batch_size=size, count=count, seed=seed, drop_last=True)
+        yield index[order]
 
 
 def train(
@@ -191,10 +183,10 @@ def train(
     steps: int,
     unfinished: Unfinished,
 ) -> None:
-    """Every step of a protocol that is still to be done.
+    """Train for the remaining steps of a protocol.
 
     Args:
-        batches: from a step to the (features, labels) of it and of those that follow.
+        batches: maps a first step to the (features, labels) of the steps from there on.
     """
     first = unfinished.state.get("step", 0)
     for name in ("weight", "velocity") if first else ():
@@ -203,62 +195,64 @@ def train(
     def state() -> dict[str, Tensor]:
         return {"weight": probe.weight, "velocity": probe.velocity}
 
-    what = f"linear {probe.protocol.name}"
-    for step, (features, labels) in unfinished.steps(batches, steps, what, state, first):
+    description = f"linear {probe.protocol.name}"
+    for step, (features, labels) in unfinished.steps(batches, steps, description, state, first):
         probe.step(features, labels, probe.protocol.decay_at(step, steps))
 
 
 # ---- through the network -------------------------------------------------------------------------
 
 
-def train_views(given: Input) -> v2.Transform:
-    """Crop and flip, as in pretraining but without the colour operations (CODE data.py:164)."""
-    mode = v2.InterpolationMode(given.interpolation)
+def train_views(preprocess: Preprocess) -> v2.Transform:
+    """Crop and flip, as in pretraining but without colour operations (CODE data.py:164)."""
+    mode = v2.InterpolationMode(preprocess.interpolation)
     steps = [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
-        v2.RandomResizedCrop(given.size, scale=(0.08, 1.0), interpolation=mode, antialias=True),
+        v2.RandomResizedCrop(
+            preprocess.size, scale=(0.08, 1.0), interpolation=mode, antialias=True
+        ),
         v2.RandomHorizontalFlip(),
     ]
-    if given.mean and given.std:
-        steps.append(v2.Normalize(given.mean, given.std))
+    if preprocess.mean and preprocess.std:
+        steps.append(v2.Normalize(preprocess.mean, preprocess.std))
     return v2.Compose(steps)
 
 
 @torch.no_grad()
 def augmented(
     network: nn.Module,
-    images: Images,
-    given: Input,
-    kept: Tensor,
+    images: ImageSplit,
+    preprocess: Preprocess,
+    index: Tensor,
     protocol: Protocol,
     device: str,
     seed: int,
     first: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, F) features of crops and (B,) labels for every step from `first` on."""
+    """(B, F) features of crops and (B,) labels, of images at `index`, for steps from `first` on."""
     assert images.labels is not None
-    program = Batched(train_views(given))
-    batches = images.batches(orders(kept, protocol, seed, first), workers=2)
+    augmentation = Batched(train_views(preprocess))
+    batches = images.batches(shuffled(index, protocol, seed, first), workers=2)
     for step, batch in enumerate(batches, first):
-        shape = (len(batch.indices), program.draws)
+        shape = (len(batch.indices), augmentation.draws)
         stream = generator(seed, "linear", step)
         draws = torch.rand(shape, generator=stream, dtype=torch.float64)
-        views = program(batch.images.to(device), draws, batch.sizes)
+        views = augmentation(batch.images.to(device), draws, batch.sizes)
         yield network(views).float(), images.labels[batch.indices].to(device)
 
 
 @torch.inference_mode()
-def judged(
-    network: nn.Module, images: Images, given: Input, index: Tensor, device: str
+def predictions(
+    network: nn.Module, images: ImageSplit, preprocess: Preprocess, index: Tensor, device: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, F) features of central crops and (B,) labels of the images at `index`, (M,)."""
+    """(B, F) outputs for central crops of the images at `index`, (M,), and their (B,) labels."""
     assert images.labels is not None
     parts = index.split(256)
-    for wanted, batch in zip(parts, images.batches(parts, workers=2), strict=True):
-        features = network(prepare(batch, given, device)).float()
-        own = batch.indices == wanted  # the place of a bad image was taken by another
-        yield features[own.to(device)], images.labels[wanted[own]].to(device)
+    for part, batch in zip(parts, images.batches(parts, workers=2), strict=True):
+        outputs = network(prepare(batch, preprocess, device)).float()
+        decoded = batch.indices == part  # another image replaces one that cannot be decoded
+        yield outputs[decoded.to(device)], images.labels[part[decoded]].to(device)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -267,20 +261,20 @@ def judged(
 def run_probe(
     subject: Subject, protocol: Protocol, seed: int, unfinished: Unfinished
 ) -> tuple[Tensor, Tensor, float]:
-    """(N, C) ranking of the test images, (N,) labels, and the learning rate used."""
+    """(N, C) ranked classes of the test images, their (N,) labels, and the learning rate used."""
     images, test = subject.splits()
     assert images.labels is not None
-    network, given, device = subject.encoder.network, subject.encoder.input, subject.device
-    kept, held_out = hold_out(len(images), protocol, seed)
+    network, preprocess, device = subject.encoder.network, subject.encoder.input, subject.device
+    training, held_out = hold_out(len(images), protocol, seed)
     if protocol.augment:
         images.into_memory(MEMORY_GB)
         test.into_memory(MEMORY_GB)
 
         def batches(first: int) -> Iterator[tuple[Tensor, Tensor]]:
-            return augmented(network, images, given, kept, protocol, device, seed, first)
+            return augmented(network, images, preprocess, training, protocol, device, seed, first)
 
-        choosing = judged(network, images, given, held_out, device)
-        judging = judged(network, test, given, torch.arange(len(test)), device)
+        validation = predictions(network, images, preprocess, held_out, device)
+        testing = predictions(network, test, preprocess, torch.arange(len(test)), device)
         width = int(network.num_features)  # type: ignore[arg-type]
     else:
         bank, labels = subject.extract(images)
@@ -288,33 +282,33 @@ def run_probe(
         mean, std = bank.mean(0), bank.std(0) + 1e-6
         bank, queries, device = (bank - mean) / std, (queries - mean) / std, "cpu"
         if len(bank) < len(images):  # undecodable images were left out
-            kept, held_out = hold_out(len(bank), protocol, seed)
+            training, held_out = hold_out(len(bank), protocol, seed)
 
         def batches(first: int) -> Iterator[tuple[Tensor, Tensor]]:
-            return ((bank[i], labels[i]) for i in orders(kept, protocol, seed, first))
+            return ((bank[i], labels[i]) for i in shuffled(training, protocol, seed, first))
 
-        choosing = iter([(bank[held_out], labels[held_out])])
-        judging = iter([(queries, truth)])
+        validation = iter([(bank[held_out], labels[held_out])])
+        testing = iter([(queries, truth)])
         width = bank.shape[1]
     probe = Probe(width, len(images.classes), protocol, device, seed)
-    train(probe, batches, steps_of(kept, protocol), unfinished)
+    train(probe, batches, total_steps(len(training), protocol), unfinished)
     if len(held_out):
-        hits = torch.stack([(probe.logits(x).argmax(-1) == y).sum(1) for x, y in choosing]).sum(0)
-        probe.keep(int(hits.argmax()))
-    found = [(probe.logits(x)[0].argsort(1, descending=True).cpu(), y.cpu()) for x, y in judging]
-    rankings, truths = zip(*found, strict=True)
+        hits = torch.stack([(probe.logits(x).argmax(-1) == y).sum(1) for x, y in validation]).sum(0)
+        probe.select(int(hits.argmax()))
+    ranked = [(probe.logits(x)[0].argsort(1, descending=True).cpu(), y.cpu()) for x, y in testing]
+    rankings, truths = zip(*ranked, strict=True)
     return torch.cat(rankings), torch.cat(truths), probe.rates.item()
 
 
 def judge(subject: Subject, settings: Settings) -> None:
     network = subject.encoder.network.to(subject.device)
     protocol = protocol_of(subject, settings)
-    kept, _ = hold_out(len(subject.splits()[0]), protocol, settings.seed)
-    protocol = replace(protocol, batch_size=min(protocol.batch_size, len(kept)))  # rates follow
+    training, _ = hold_out(len(subject.splits()[0]), protocol, settings.seed)
+    protocol = replace(protocol, batch_size=min(protocol.batch_size, len(training)))  # rates follow
     before = fingerprint(network)
     name = f"linear-{protocol.name}{subject.encoder.suffix}"
-    depends = digest_of(network, subject.encoder.input, subject.splits()[0])
-    key = f"{depends} {protocol} {settings.seed}"
+    digest = digest_of(network, subject.encoder.input, subject.splits()[0])
+    key = f"{digest} {protocol} {settings.seed}"
     unfinished = Unfinished(subject.folder, name_of_record(subject, name), key)
     ranking, truth, rate = run_probe(subject, protocol, settings.seed, unfinished)
     if fingerprint(network) != before:
@@ -325,7 +319,7 @@ def judge(subject: Subject, settings: Settings) -> None:
         name,
         top1=top1,
         top5=accuracy(ranking, truth, 5) if ranking.shape[1] > 5 else None,
-        counts=(len(subject.splits()[0]), len(truth)),  # judged on: without undecodable images
+        counts=(len(subject.splits()[0]), len(truth)),  # tested: without undecodable images
         interval=confidence(top1, len(truth)),
         lr=round(rate, 6),
         probe_epochs=protocol.epochs,
@@ -337,10 +331,7 @@ def judge(subject: Subject, settings: Settings) -> None:
     unfinished.remove()
 
 
-def main() -> None:
-    settings = cli.check_ranges(
-        tyro.cli(Settings, prog="python -m eval.linear", description=__doc__)
-    )
+def main(settings: Settings) -> None:
     s = settings
     columns = (s.image_column, s.label_column)
     for subject in subjects(s.run, s.weights, s.baselines, s.data, s.layer, columns=columns):
@@ -348,4 +339,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, arguments)

@@ -1,9 +1,10 @@
 """Published figures, each with its source: the only place in the repository that holds one.
 
 A recipe names the row that it reproduces by key (`Config.published`); `eval/compare.py` finds the
-rows that a measurement may be held against. Top-1 and Top-5 in percent. All figures were read in
-the source that is named; what could only be remembered is left out, or its note says so.
-Two figures are often quoted wrongly: see the notes of `simclr-v2-r50-800`, `byol-gnws-r50-1000`.
+rows that a measurement may be compared with. Top-1 and Top-5 are in percent. All figures were read
+in the source that is named; a figure without a source that could be read is left out, or its note
+says so. Two figures are often quoted wrongly: see the notes of `simclr-v2-r50-800` and
+`byol-gnws-r50-1000`.
 
 P-Sim = arXiv 2002.05709 v3; P-SimSiam = arXiv 2011.10566; P-MoCo = arXiv 1911.05722; P-MoCo2 =
 arXiv 2003.04297; P-MoCo3 = arXiv 2104.02057; P-BYOL = arXiv 2006.07733; README-S =
@@ -22,20 +23,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One published result and the setting it holds for."""
+    """One published result and its setting."""
 
-    method: str  # with its version; the first word is the method
+    method: str  # with its version; the first word is the name
     network: str
     epochs: int | None  # None: not stated
     batch_size: int | None
     data: str  # what was judged on, a key of DATA
-    protocol: str  # as eval/ names it; a name that eval/ has not is a protocol that it has not
+    protocol: str  # as eval/ names it; eval/ does not have every published protocol
     top1: float  # Top-1, or the measure that the protocol's data set has in its place
     top5: float | None
     source: str
     note: str = ""
     variant: Mapping[str, Any] = field(default_factory=dict)
-    """settings of the method's Config that make it this variant and no other"""
+    """settings of the method's Config that tell this variant from others"""
     pretrained: str = ""  # what was pretrained on, where that is not `data`
 
 

@@ -1,7 +1,7 @@
-"""One page about one or more runs: figures, curves, and what the encoder sees as alike.
+"""One page about one or more runs: figures, curves, and the images that an encoder finds similar.
 
 `eval/compare.py` calls `write`. The page is one file: pictures are data URIs, charts are inline
-SVG, there is no script, and nothing is fetched. All that comes from data is escaped.
+SVG, there is no script, and nothing is fetched. Whatever comes from data is escaped.
 """
 
 import base64
@@ -21,16 +21,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common import cli
-from common.data import Images, take
-from common.run import read_json, write_atomically
-from eval.knn import Monitor, accuracy, predict, thin
+from common.data import ImageSplit, subset
+from common.errors import UserError
+from common.files import atomic_write_bytes, read_json
+from eval.knn import OnlineKNN, accuracy, predict, subsample
 from eval.results import Subject, subjects
 
 Table = Sequence[Sequence[str]]
 SHORT = ' class="short"'
 SIDE = 48  # pixels of a thumbnail
-ROWS, NEAREST, PLACED, DOTS = 10, 8, 70, 1000  # how much is shown
+ROWS, NEAREST, THUMBNAILS, DOTS = 10, 8, 70, 1000  # the most that is shown of each
 CHARTS = {
     "loss": "Loss (dashed: at chance)",
     "knn": "kNN Top-1 during training (%)",
@@ -49,15 +49,15 @@ def e(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
-# ---- what the encoder sees -----------------------------------------------------------------------
+# ---- features and their neighbours ---------------------------------------------------------------
 
 
 @dataclass
-class Look:
-    """Features of a run's images, and what kNN makes of them."""
+class Classified:
+    """Features of a run's images, and the classes that kNN predicts from them."""
 
-    train: Images
-    test: Images
+    train: ImageSplit
+    test: ImageSplit
     bank: Tensor  # (N, F) of train, unit length
     queries: Tensor  # (Q, F) of test, unit length
     labels: Tensor  # (N,)
@@ -65,79 +65,79 @@ class Look:
     ranking: Tensor  # (Q, C) classes, most likely first
 
 
-def look(run: Path) -> Look:
-    """Features of at most 10,000 training and 2,000 test images, as the monitor takes them.
+def classify(run: Path) -> Classified:
+    """Classify test images as the online kNN does: at most 10,000 training and 2,000 test images.
 
     Raises:
-        UserError: no encoder yet, or no labelled images.
+        UserError: there is no encoder yet, or there are no labelled images.
     """
     subject = next(iter(subjects(str(run), "", (), "")))
     train, test = subject.splits()
-    train, bank, labels = decoded(subject, thin(train, Monitor.BANK))
-    test, queries, truth = decoded(subject, thin(test, Monitor.QUERIES))
+    train, bank, labels = decoded(subject, subsample(train, OnlineKNN.BANK))
+    test, queries, truth = decoded(subject, subsample(test, OnlineKNN.QUERIES))
     ranking, _ = predict(
-        queries, bank, labels, classes=len(train.classes), k=Monitor.K, temperature=0.1
+        queries, bank, labels, classes=len(train.classes), k=OnlineKNN.K, temperature=0.1
     )
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    return Look(train, test, bank, queries, labels, truth, ranking)
+    return Classified(train, test, bank, queries, labels, truth, ranking)
 
 
-def decoded(subject: Subject, images: Images) -> tuple[Images, Tensor, Tensor]:
+def decoded(subject: Subject, images: ImageSplit) -> tuple[ImageSplit, Tensor, Tensor]:
     """Those of `images` that can be decoded, with their features and labels."""
     features, index = subject.features(images)
     if len(index) < len(images):
-        images = take(images, torch.isin(torch.arange(len(images)), index), "decoded")
+        images = subset(images, torch.isin(torch.arange(len(images)), index), "decoded")
     assert images.labels is not None
     return images, features, images.labels
 
 
 def plane(features: Tensor) -> tuple[Tensor, float]:
-    """(N, F) to their first two principal components, (N, 2), and the share of variance kept."""
+    """(N, F) to their first two principal components, (N, 2), and their share of the variance."""
     centred = features.double() - features.double().mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
     u, s = F.pad(u, (0, 2))[:, :2], F.pad(s, (0, 2))
-    u = u * torch.where(u.gather(0, u.abs().argmax(0)[None]) < 0, -1.0, 1.0)  # one of two signs
+    u = u * torch.where(u.gather(0, u.abs().argmax(0)[None]) < 0, -1.0, 1.0)  # fixes the sign
     return u * s[:2], float(s[:2].square().sum() / s.square().sum().clamp_min(1e-30))
 
 
-def confusions(seen: Look, most: int = ROWS) -> list[tuple[int, int, int, int]]:
-    """(true class, class said instead, how often, an example's index), the most frequent first."""
-    classes, said = len(seen.train.classes), seen.ranking[:, 0]
-    pairs = (seen.truth * classes + said)[said != seen.truth]
-    found, counts = pairs.unique(return_counts=True)
-    order = counts.argsort(descending=True, stable=True)[:most]
+def confusions(result: Classified, limit: int = ROWS) -> list[tuple[int, int, int, int]]:
+    """(true class, predicted class, count, index of an example), the most frequent first."""
+    classes, predicted = len(result.train.classes), result.ranking[:, 0]
+    pairs = (result.truth * classes + predicted)[predicted != result.truth]
+    pairs, counts = pairs.unique(return_counts=True)
+    order = counts.argsort(descending=True, stable=True)[:limit]
     rows = []
-    for pair, count in zip(found[order].tolist(), counts[order].tolist(), strict=True):
+    for pair, count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True):
         true, other = divmod(pair, classes)
-        example = ((seen.truth == true) & (said == other)).nonzero()[0].item()
+        example = ((result.truth == true) & (predicted == other)).nonzero()[0].item()
         rows.append((true, other, count, int(example)))
     return rows
 
 
 def examples(truth: Tensor, count: int = ROWS) -> list[int]:
     """Indices of test images to show: the first of each class, then the second, and so on."""
-    rounds = [(truth == label).nonzero()[:, 0].tolist() for label in truth.unique().tolist()]
-    turns = ([own[i] for own in rounds if i < len(own)] for i in range(count))
-    return [index for turn in turns for index in turn][:count]
+    of_class = [(truth == label).nonzero()[:, 0].tolist() for label in truth.unique().tolist()]
+    rounds = ([members[i] for members in of_class if i < len(members)] for i in range(count))
+    return [index for members in rounds for index in members][:count]
 
 
-def project(run: Path, seen: Look) -> None:
+def project(run: Path, result: Classified) -> None:
     """Write RUN/projector for TensorBoard: features, classes and thumbnails of the test images."""
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(run / "projector", ignore_errors=True)
-    index = range(0, len(seen.test), max(1, -(-len(seen.test) // DOTS)))
-    pictures = [torch.tensor(list(thumbnail(seen.test, i, square=True).getdata())) for i in index]
+    index = range(0, len(result.test), max(1, -(-len(result.test) // DOTS)))
+    pictures = [torch.tensor(list(thumbnail(result.test, i, square=True).getdata())) for i in index]
     images = torch.stack(pictures).view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2) / 255
-    names = [" ".join(seen.train.classes[seen.truth[i]].split()) or "-" for i in index]
+    names = [" ".join(result.train.classes[result.truth[i]].split()) or "-" for i in index]
     with SummaryWriter(str(run / "projector")) as writer:
-        writer.add_embedding(seen.queries[list(index)], names, images, tag="representation")
+        writer.add_embedding(result.queries[list(index)], names, images, tag="representation")
 
 
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-def thumbnail(images: Images, index: int, square: bool = False) -> Image.Image:
+def thumbnail(images: ImageSplit, index: int, square: bool = False) -> Image.Image:
     batch = images.batch(torch.tensor([index]))
     height, width = batch.sizes[0].tolist()
     pixels = batch.images[0, :, :height, :width].permute(1, 2, 0).contiguous().numpy()
@@ -152,13 +152,13 @@ def data_uri(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
-def picture_uri(images: Images, index: int) -> str:
+def picture_uri(images: ImageSplit, index: int) -> str:
     buffer = io.BytesIO()
     thumbnail(images, index).save(buffer, "PNG")
     return data_uri(buffer.getvalue())
 
 
-def picture(images: Images, index: int, name: str, kind: str = "") -> str:
+def picture(images: ImageSplit, index: int, name: str, kind: str = "") -> str:
     source = picture_uri(images, index)
     return f'<img class="thumb {kind}" src="{source}" alt="{e(name)}" title="{e(name)}">'
 
@@ -184,7 +184,7 @@ def table_html(table: Table) -> str:
 
 
 def rows_of_file(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log; without one that a kill cut short."""
+    """The rows of a log, without a last one that was cut short."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -194,8 +194,8 @@ def rows_of_file(path: Path) -> list[dict[str, Any]]:
 
 def series(run: Path) -> dict[str, list[tuple[float, float]]]:
     """(epoch, value) points of everything that a run logged."""
-    known = read_json(run / "config.json")
-    per_step = known["config"]["batch_size"] / known["images"]
+    record = read_json(run / "config.json")
+    per_step = record["config"]["batch_size"] / record["images"]
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows_of_file(run / "metrics.jsonl") + rows_of_file(run / "timings.jsonl"):
         for key, value in row.items():
@@ -220,9 +220,12 @@ def chart(title: str, lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]
 
     parts = []
     for y in y_ticks:
-        at = y_at(y)
-        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{at + 3.5:.1f}" text-anchor="end">{y:.6g}</text>')
+        height = y_at(y)
+        ends = f'x1="{left}" x2="{right}" y1="{height:.1f}" y2="{height:.1f}"'
+        parts.append(f'<line class="grid" {ends}/>')
+        parts.append(
+            f'<text x="{left - 6}" y="{height + 3.5:.1f}" text-anchor="end">{y:.6g}</text>'
+        )
     for x in x_ticks:
         parts.append(f'<text x="{x_at(x):.1f}" y="184" text-anchor="middle">{x:.6g}</text>')
     for kind, line in lines:
@@ -250,14 +253,14 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def curves(runs: Sequence[Path]) -> str:
-    """A chart for each figure that the runs logged, with a line for each run."""
+    """A chart for each metric that the runs logged, with a line for each run."""
     logged = [series(run) for run in runs]
     figures = []
     for key, title in CHARTS.items():
-        lines = [(f"c{i % 8}", found[key]) for i, found in enumerate(logged) if key in found]
+        lines = [(f"c{i % 8}", points[key]) for i, points in enumerate(logged) if key in points]
         if key == "loss":
-            chance = [(i, found) for i, found in enumerate(logged) if "chance_loss" in found]
-            lines += [(f"c{i % 8} chance", found["chance_loss"]) for i, found in chance]
+            chance = [(i, points) for i, points in enumerate(logged) if "chance_loss" in points]
+            lines += [(f"c{i % 8} chance", points["chance_loss"]) for i, points in chance]
         if lines:
             figures.append(chart(title, lines))
     legend = "".join(
@@ -266,109 +269,110 @@ def curves(runs: Sequence[Path]) -> str:
     return f'<p class="legend">{legend}</p><div class="charts">{"".join(figures)}</div>'
 
 
-def map_svg(seen: Look) -> str:
+def map_svg(result: Classified) -> str:
     """Test images on the plane of their first two principal components; thumbnails of some."""
-    step = max(1, -(-len(seen.queries) // DOTS))
-    index = torch.arange(0, len(seen.queries), step)
-    flat, share = plane(seen.queries[index])
+    step = max(1, -(-len(result.queries) // DOTS))
+    index = torch.arange(0, len(result.queries), step)
+    flat, share = plane(result.queries[index])
     low, high = flat.min(0).values, flat.max(0).values
     spots = ((flat - low) / (high - low).clamp_min(1e-12) * 840 + 30).tolist()
-    classes, parts = len(seen.train.classes), []
+    classes, parts = len(result.train.classes), []
     placed: list[tuple[float, float]] = []
     for i, (x, y) in zip(index.tolist(), spots, strict=True):
-        label = int(seen.truth[i])
-        name, colour = e(seen.train.classes[label]), hue(label, classes)
+        label = int(result.truth[i])
+        name, colour = e(result.train.classes[label]), hue(label, classes)
         parts.append(
             f'<circle class="dot" cx="{x:.0f}" cy="{y:.0f}" r="5" fill="{colour}">'
             f"<title>{name}</title></circle>"
         )
     for i, (x, y) in zip(index.tolist(), spots, strict=True):
-        if len(placed) < PLACED and all(math.dist((x, y), other) > 62 for other in placed):
+        if len(placed) < THUMBNAILS and all(math.dist((x, y), other) > 62 for other in placed):
             placed.append((x, y))
-            label = int(seen.truth[i])
+            label = int(result.truth[i])
             box = f'x="{x - 22:.0f}" y="{y - 22:.0f}" width="44" height="44"'
-            parts.append(f'<image {box} href="{picture_uri(seen.test, i)}"/>')
+            parts.append(f'<image {box} href="{picture_uri(result.test, i)}"/>')
             parts.append(f'<rect class="frame" {box} stroke="{hue(label, classes)}"/>')
     legend = "".join(
         f'<span><i style="background:{hue(label, classes)}"></i>{e(name)}</span>'
-        for label, name in enumerate(seen.train.classes[:40])
+        for label, name in enumerate(result.train.classes[:40])
     )
-    said = (
+    caption = (
         f"{len(index):,} test images on the first two principal components of their unit-length "
-        f"features, which keep {share:.0%} of the variance. Colour: class."
+        f"features, which hold {share:.0%} of the variance. The colour is the class."
     )
     return (
         f'<figure class="map"><svg viewBox="0 0 900 900" role="img" aria-label="map of features">'
-        f"{''.join(parts)}</svg><figcaption>{said}</figcaption></figure>"
+        f"{''.join(parts)}</svg><figcaption>{caption}</figcaption></figure>"
         f'<p class="legend">{legend}</p>'
     )
 
 
-def neighbours(seen: Look) -> str:
+def neighbours(result: Classified) -> str:
     """Rows of pictures: a test image, then the training images nearest to it."""
-    names, rows = seen.train.classes, []
-    for i in examples(seen.truth):
-        near = (seen.queries[i] @ seen.bank.T).topk(min(NEAREST, len(seen.bank))).indices.tolist()
-        own = int(seen.truth[i])
-        found = [int(seen.labels[j]) for j in near]
+    names, rows, count = result.train.classes, [], min(NEAREST, len(result.bank))
+    for i in examples(result.truth):
+        near = (result.queries[i] @ result.bank.T).topk(count).indices.tolist()
+        true = int(result.truth[i])
+        labels = [int(result.labels[j]) for j in near]
         pictures = "".join(
-            picture(seen.train, j, names[label], "same" if label == own else "other")
-            for j, label in zip(near, found, strict=True)
+            picture(result.train, j, names[label], "same" if label == true else "other")
+            for j, label in zip(near, labels, strict=True)
         )
-        agree = sum(label == own for label in found)
+        same = sum(label == true for label in labels)
         rows.append(
-            f'<div class="near">{picture(seen.test, i, names[own])}<span class="arrow">→</span>'
-            f"<div>{pictures}</div><small>{e(names[own])}: {agree} of {len(found)}</small></div>"
+            f'<div class="near">{picture(result.test, i, names[true])}<span class="arrow">→</span>'
+            f"<div>{pictures}</div><small>{e(names[true])}: {same} of {len(labels)}</small></div>"
         )
     return "".join(rows)
 
 
-def confusion_table(seen: Look) -> list[list[str]]:
-    names, table = seen.train.classes, [["true class", "taken for", "how often", "of its images"]]
-    for true, other, count, _ in confusions(seen):
-        share = count / int((seen.truth == true).sum())
+def confusion_table(result: Classified) -> list[list[str]]:
+    names = result.train.classes
+    table = [["true class", "taken for", "how often", "of its images"]]
+    for true, other, count, _ in confusions(result):
+        share = count / int((result.truth == true).sum())
         table.append([names[true], names[other], f"{count}", f"{share:.0%}"])
     return table
 
 
-def confusion_html(seen: Look) -> str:
-    names, items = seen.train.classes, []
+def confusion_html(result: Classified) -> str:
+    names, items = result.train.classes, []
     for (true, other, _, example), row in zip(
-        confusions(seen), confusion_table(seen)[1:], strict=True
+        confusions(result), confusion_table(result)[1:], strict=True
     ):
-        shown = picture(seen.test, example, names[true])
-        said = f"<b>{e(names[true])}</b> taken for <b>{e(names[other])}</b>"
+        shown = picture(result.test, example, names[true])
+        pair = f"<b>{e(names[true])}</b> taken for <b>{e(names[other])}</b>"
         items.append(
-            f"<li>{shown}<span>{said}<br>{row[2]} times, {row[3]} of its images</span></li>"
+            f"<li>{shown}<span>{pair}<br>{row[2]} times, {row[3]} of its images</span></li>"
         )
     return f'<ul class="wrong">{"".join(items)}</ul>' if items else "<p>Nothing went wrong.</p>"
 
 
-def seen_html(run: Path) -> tuple[str, str]:
-    """The pictures of one run as HTML, and its confusions as Markdown; RUN/projector as well."""
+def neighbours_html(run: Path) -> tuple[str, str]:
+    """The pictures of one run as HTML, and its confusions as Markdown; it writes RUN/projector."""
     name = e(run.name)
     try:
-        seen = look(run)
-    except cli.UserError as error:
-        return f"<section><h2>{name}: what it sees</h2><p>{e(error)}</p></section>", ""
-    project(run, seen)
-    top1 = accuracy(seen.ranking, seen.truth)
-    about = (
-        f"By kNN (k {Monitor.K}) from {len(seen.bank):,} training images, {top1:.1f} % of "
-        f"{len(seen.queries):,} test images are classified rightly"
+        result = classify(run)
+    except UserError as error:
+        return f"<section><h2>{name}: its features</h2><p>{e(error)}</p></section>", ""
+    project(run, result)
+    top1 = accuracy(result.ranking, result.truth)
+    summary = (
+        f"By kNN (k {OnlineKNN.K}) from {len(result.bank):,} training images, {top1:.1f} % of "
+        f"{len(result.queries):,} test images are classified correctly"
     )
     parts = [
-        f"<section><h2>{name}: the map of its features</h2>{map_svg(seen)}",
+        f"<section><h2>{name}: the map of its features</h2>{map_svg(result)}",
         "<p>The same in TensorBoard's projector: ",
         f"<code>tensorboard --logdir {name}/projector</code></p></section>",
         f"<section><h2>{name}: nearest neighbours</h2><p>A test image, then the training images ",
         "whose features are nearest. Framed green: of the same class.</p>",
-        f"{neighbours(seen)}</section>",
-        f"<section><h2>{name}: what went wrong most</h2><p>{about}.</p>",
-        f"{confusion_html(seen)}</section>",
+        f"{neighbours(result)}</section>",
+        f"<section><h2>{name}: what went wrong most</h2><p>{summary}.</p>",
+        f"{confusion_html(result)}</section>",
     ]
-    lines = [f"## {escaped(run.name)}: what went wrong most\n", f"{about}.\n"]
-    return "".join(parts), "\n".join([*lines, as_markdown(confusion_table(seen))])
+    lines = [f"## {escaped(run.name)}: what went wrong most\n", f"{summary}.\n"]
+    return "".join(parts), "\n".join([*lines, as_markdown(confusion_table(result))])
 
 
 def as_markdown(table: Table) -> str:
@@ -379,7 +383,7 @@ def as_markdown(table: Table) -> str:
 
 
 def escaped(cell: str) -> str:
-    """Text for one cell of a Markdown table: names come from folders and files of anyone's."""
+    """Text for one cell of a Markdown table: names come from anyone's folders and files."""
     return html.escape(" ".join(cell.split()), quote=False).replace("|", "\\|")
 
 
@@ -467,9 +471,9 @@ def write(
         texts += [f"{escaped(line)}\n" for line in remarks]
     sections.append(f"<section><h2>Training</h2>{curves(runs)}</section>")
     for run in runs:
-        shown, text = seen_html(run)
+        shown, text = neighbours_html(run)
         sections.append(shown)
         texts.append(text)
     title = ", ".join(run.name for run in runs)
-    write_atomically(folder / "index.html", page(title, sections).encode())
-    write_atomically(folder / "report.md", "\n".join(texts).encode())
+    atomic_write_bytes(folder / "index.html", page(title, sections).encode())
+    atomic_write_bytes(folder / "report.md", "\n".join(texts).encode())

@@ -1,33 +1,40 @@
-"""Transfer: logistic regression on frozen features, over one source after another.
+"""Transfer: logistic regression on frozen features, for one source after another.
 
     python -m eval.transfer RUN --data SOURCE [SOURCE ...]
     python -m eval.transfer RUN --data pets --metric mean-per-class
 
-Protocol (arXiv 2002.05709 App. B.8, arXiv 2006.07733 App. D, after arXiv 1805.08974): no
-augmentation; the short side is resized to the encoder's size, bicubic, and the centre is cut out;
-L2-regularised multinomial logistic regression by L-BFGS. The regularisation is one of 45 values,
-log-spaced in [1e-6, 1e5], chosen on the source's own validation images, else on a fifth of the
-training images; then the classifier is fitted again to both. The encoder is in evaluation mode.
-Stopped, the same command goes on where it was.
+Protocol (arXiv 2002.05709 App. B.8, arXiv 2006.07733 App. D, after arXiv 1805.08974): there is no
+augmentation; the short side is resized to the encoder's size, bicubic, and the centre is cut out.
+The classifier is an L2-regularised multinomial logistic regression by L-BFGS. The regularisation is
+one of 45 values, log-spaced in [1e-6, 1e5], chosen on the source's own validation images, or else
+on a fifth of the training images; then the classifier is fitted again to both. The encoder is in
+evaluation mode. A command that was stopped resumes when it is given again.
 
-Where an image has several labels (VOC 2007: a column of lists) there is one binary classifier for
-each class, and the measure is the mean over classes of the 11-point average precision.
+Where images have several labels (VOC 2007: a column of lists), each class has a binary classifier,
+and the measure is the mean over classes of the 11-point average precision.
 
 PAPER: neither paper says what the values multiply; here the objective is the summed cross entropy
-plus value / 2 times the squared weights, biases left out (scikit-learn's with C = 1 / value).
+plus value / 2 times the squared weights, without biases (scikit-learn's with C = 1 / value).
 """
 
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import replace
+
+from common import cli
+from eval.settings import Transfer as Settings
+
+if __name__ == "__main__":  # a mistake is reported before torch is imported
+    arguments = cli.run(
+        cli.parse_settings, Settings, sys.argv[1:], "python -m eval.transfer", __doc__
+    )
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
-from common import cli
 from common.data import generator, open_validation
+from common.errors import UserError
 from eval.features import digest_of, fingerprint
 from eval.knn import accuracy
 from eval.published import MEASURES, data_set
@@ -35,23 +42,6 @@ from eval.results import Subject, confidence, name_of_record, record, subjects
 from eval.unfinished import Unfinished
 
 VALUES = tuple(torch.logspace(-6, 5, 45, dtype=torch.float64).tolist())
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Logistic regression on frozen features of each source, beside baselines if asked."""
-
-    run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder or an encoder.safetensors
-    weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH[=FILE]
-    baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
-    data: tuple[str, ...] = ("",)  # sources to judge on; default: that of the run
-    image_column: str | None = None  # of a table with several, if not the run's
-    label_column: str | None = None  # likewise
-    layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
-    metric: Literal["", "top1", "mean-per-class", "map11"] = ""  # default: that of App. D for the
-    # source's name; else top1, or map11 where images have several labels
-    iterations: int = 200  # of L-BFGS, at most, for each value
-    seed: int = 1  # of the images held out where the source has no validation split
 
 
 def fit(
@@ -67,8 +57,8 @@ def fit(
 
     Args:
         features: (N, F).
-        labels: (N,), or (N, C) bool: whether the image is of the class, for each class by itself.
-        start: weights to begin at; default: zeros.
+        labels: (N,), or (N, C) bool: whether an image is of a class, each class by itself.
+        start: initial weights; default: zeros.
     """
     inputs = F.pad(features, (0, 1), value=1.0)
     weight = inputs.new_zeros(inputs.shape[1], classes) if start is None else start.clone()
@@ -95,7 +85,7 @@ def fit(
 
 
 def each_class(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross entropy of (N, C) logits and labels: summed over classes, mean over images."""
+    """Binary cross entropy of (N, C) logits and labels: the sum over classes, mean over images."""
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="sum") / len(
         labels
     )
@@ -109,10 +99,10 @@ def path(
     first: int = 0,
     weight: Tensor | None = None,
 ) -> Iterator[tuple[float, Tensor]]:
-    """(value, weights) from the strongest regularisation down, each begun at the one before.
+    """(value, weights) from the strongest regularisation down, each fit starting at the last one's.
 
     Args:
-        first, weight: the value to begin at, counted from the strongest, and the weights before it.
+        first, weight: the first value, counted from the strongest, and the weights before it.
     """
     for value in VALUES[::-1][first:]:
         weight = fit(features, labels, classes, value, start=weight, iterations=iterations)
@@ -132,23 +122,26 @@ def top1(scores: Tensor, labels: Tensor) -> float:
 
 
 def mean_per_class(scores: Tensor, labels: Tensor) -> float:
-    """The mean over the classes present of the share that is right in each."""
-    right = scores.argmax(1) == labels
-    shares = [right[labels == c].double().mean().item() for c in labels.unique()]
+    """The mean, over the classes that are present, of the share of correct predictions."""
+    correct = scores.argmax(1) == labels
+    shares = [correct[labels == c].double().mean().item() for c in labels.unique()]
     return 100 * sum(shares) / len(shares)
 
 
 def map11(scores: Tensor, labels: Tensor) -> float:
-    """The mean over the classes present of VOC 2007's average precision; labels: (N, C) bool.
+    """The mean, over the classes that are present, of VOC 2007's average precision.
 
-    0 where no class is present, as may be in a few images held out or drawn.
-    That of a class is the mean, over the recalls 0, 0.1, ..., 1, of the best precision at that
-    recall or a higher one.
+    A class's average precision is the mean, over the recalls 0, 0.1, ..., 1, of the best precision
+    at that recall or a higher one. The result is 0 where no class is present, which can happen in
+    a few images that are held out or drawn.
+
+    Args:
+        labels: (N, C) bool.
     """
     precisions = []
-    for score, own in zip(scores.T, labels.T, strict=True):
-        if own.any():
-            hits = own[score.argsort(descending=True, stable=True)].double().cumsum(0)
+    for score, positive in zip(scores.T, labels.T, strict=True):
+        if positive.any():
+            hits = positive[score.argsort(descending=True, stable=True)].double().cumsum(0)
             precision = hits / torch.arange(1, len(hits) + 1).to(hits)
             reached = (10 * hits / hits[-1] + 1e-9).floor()  # recall in tenths: 3 of 10 reach 0.3
             best = [precision[reached >= tenth].max() for tenth in range(11)]
@@ -164,11 +157,11 @@ def interval(measure: Measure, scores: Tensor, labels: Tensor, draws: int = 200)
     """Half the width of the 95 % interval: Wilson's, or by resampling the images (bootstrap)."""
     if measure is top1:
         return confidence(top1(scores, labels), len(labels))
-    found = []
+    values = []
     for i in range(draws):
-        again = torch.randint(len(labels), (len(labels),), generator=generator("bootstrap", i))
-        found.append(measure(scores[again], labels[again]))
-    return 1.959964 * torch.tensor(found).std().item()
+        index = torch.randint(len(labels), (len(labels),), generator=generator("bootstrap", i))
+        values.append(measure(scores[index], labels[index]))
+    return 1.959964 * torch.tensor(values).std().item()
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -178,13 +171,13 @@ def metric_of(settings: Settings, source: str, labels: Tensor) -> str:
     """The measure asked for, or that of the data set.
 
     Raises:
-        UserError: it needs one label an image and there are several, or the reverse.
+        UserError: it needs one label for each image and there are several, or the reverse.
     """
-    usual = "map11" if labels.ndim == 2 else "top1"
-    metric = settings.metric or MEASURES.get(data_set(source), usual)
+    default = "map11" if labels.ndim == 2 else "top1"
+    metric = settings.metric or MEASURES.get(data_set(source), default)
     if (metric == "map11") != (labels.ndim == 2):
-        several = "several labels" if labels.ndim == 2 else "one label"
-        raise cli.UserError(f"--metric {metric}: an image of {source} has {several}")
+        labelled = "several labels" if labels.ndim == 2 else "one label"
+        raise UserError(f"--metric {metric}: an image of {source} has {labelled}")
     return metric
 
 
@@ -197,58 +190,58 @@ def judge(subject: Subject, settings: Settings) -> None:
     measure, classes, device = METRICS[metric], len(train.classes), subject.device
     protocol = "transfer-linear" + (f"-{metric}" if metric != "top1" else "")
     protocol += subject.encoder.suffix
-    given = replace(subject.encoder.input, crop=1.0, interpolation="bicubic")
-    key = f"{digest_of(network, given, train)} {settings}"
+    preprocess = replace(subject.encoder.input, crop=1.0, interpolation="bicubic")
+    key = f"{digest_of(network, preprocess, train)} {settings}"
     unfinished = Unfinished(subject.folder, name_of_record(subject, protocol), key)
-    (bank, labels), (queries, truth) = (subject.extract(part, given) for part in (train, test))
-    own = open_validation(subject.source, train.classes, **subject.columns)
-    if own is None:
+    (bank, labels), (queries, truth) = (subject.extract(part, preprocess) for part in (train, test))
+    validation = open_validation(subject.source, train.classes, **subject.columns)
+    if validation is None:
         order = torch.randperm(len(bank), generator=generator(settings.seed, "transfer"))
         count = len(bank) - max(1, len(bank) // 5)
         if count < 1:
-            raise cli.UserError(f"{train.name}: one image; none is left to choose the value on")
-        order = order.roll(count - len(bank))  # what is held out stands last
-        both, names = bank[order], labels[order]
+            raise UserError(f"{train.name}: one image; none is left to choose the value on")
+        order = order.roll(count - len(bank))  # the held-out images come last
+        features, targets = bank[order], labels[order]
     else:
-        chosen_on, chosen = subject.extract(own, given)
-        both, names, count = torch.cat([bank, chosen_on]), torch.cat([labels, chosen]), len(bank)
+        held_out, held_out_labels = subject.extract(validation, preprocess)
+        features, targets = torch.cat([bank, held_out]), torch.cat([labels, held_out_labels])
+        count = len(bank)
     if fingerprint(network) != before:
         raise RuntimeError("the encoder changed: not a judgement of frozen features")
-    both, names = both.to(device), names.to(device)
+    features, targets = features.to(device), targets.to(device)
 
     state = unfinished.state or {"best": -1.0, "value": 0.0, "weight": None, "last": None}
     best, value, weight, last = (state[name] for name in ("best", "value", "weight", "last"))
 
     def fits(first: int) -> Iterator[tuple[float, Tensor]]:
         start = None if last is None else last.to(device)
-        return path(both[:count], names[:count], classes, settings.iterations, first, start)
+        return path(features[:count], targets[:count], classes, settings.iterations, first, start)
 
-    def so_far() -> dict[str, object]:
+    def progress() -> dict[str, object]:
         return {"best": best, "value": value, "weight": weight, "last": last}
 
     first = state.get("step", 0)
-    for _, (tried, found) in unfinished.steps(fits, len(VALUES), "transfer", so_far, first):
-        last = found
-        reached = measure(scores(both[count:], found).cpu(), names[count:].cpu())
-        if reached > best:  # of equals the strongest
-            best, value, weight = reached, tried, found
+    for _, (this_value, last) in unfinished.steps(fits, len(VALUES), "transfer", progress, first):
+        score = measure(scores(features[count:], last).cpu(), targets[count:].cpu())
+        if score > best:  # so that the strongest of equals is chosen
+            best, value, weight = score, this_value, last
     start = weight.to(device)
-    weight = fit(both, names, classes, value, start=start, iterations=settings.iterations)
-    judged = scores(queries.to(device), weight).cpu()
-    several = truth.ndim == 2
+    weight = fit(features, targets, classes, value, start=start, iterations=settings.iterations)
+    logits = scores(queries.to(device), weight).cpu()
+    multilabel = truth.ndim == 2
     record(
         subject,
         protocol,
-        top1=measure(judged, truth),  # the measure that the protocol's name says, if it says one
-        counts=(len(both), len(truth)),
-        top5=accuracy(judged.argsort(1, descending=True), truth, 5)
-        if classes > 5 and not several
+        top1=measure(logits, truth),  # or the measure that the protocol's name ends in
+        counts=(len(features), len(truth)),
+        top5=accuracy(logits.argsort(1, descending=True), truth, 5)
+        if classes > 5 and not multilabel
         else None,
-        interval=interval(measure, judged, truth),
-        mean_per_class=None if several else round(mean_per_class(judged, truth), 3),
-        metric=metric,  # by which the value was chosen
+        interval=interval(measure, logits, truth),
+        mean_per_class=None if multilabel else round(mean_per_class(logits, truth), 3),
+        metric=metric,  # by which the regularisation was chosen
         regularisation=value,
-        chosen_on="a fifth of train" if own is None else "validation",
+        chosen_on="a fifth of train" if validation is None else "validation",
         validation=round(best, 3),
         probe_seed=settings.seed,
         seconds=unfinished.seconds(),
@@ -256,10 +249,7 @@ def judge(subject: Subject, settings: Settings) -> None:
     unfinished.remove()
 
 
-def main() -> None:
-    settings = cli.check_ranges(
-        tyro.cli(Settings, prog="python -m eval.transfer", description=__doc__)
-    )
+def main(settings: Settings) -> None:
     s = settings
     columns = (s.image_column, s.label_column)
     for source in s.data:
@@ -268,4 +258,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, arguments)

@@ -6,8 +6,9 @@ CODE is facebookresearch/moco at f736491, README its README, notebook its
 colab/moco_cifar10_demo.ipynb.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -17,49 +18,116 @@ class Config:
     The defaults are v1's ImageNet setting, 200 epochs.
     """
 
-    # the run
     data: str = "ILSVRC/imagenet-1k"  # images: demo, a folder, parquet files or a Hub id (Sec. 4)
-    split: str = "train"  # which split of the data to train on (ours)
-    image_column: str | None = None  # where the images are, if a table has several (ours)
-    label_column: str | None = None  # where the labels are, for the kNN monitor only (ours)
-    out: str = "runs/moco"  # the folder of this run; given again, it goes on (ours)
-    seed: int = 1  # of initial weights, order, views and shuffles (ours)
     # Sec. 3.3: the query network; the key network is its copy
-    arch: Literal["demo", "resnet18", "resnet50"] = "resnet50"  # encoder (Sec. 3.3)
-    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3 stride 1, no max-pool (notebook)
-    head: Literal["linear", "mlp"] = "linear"  # v1: linear (Sec. 3.3); v2: mlp (2003.04297 Sec. 3)
-    dim: int = 128  # D of queries and keys (Sec. 3.3)
+    arch: str = "resnet50"  # encoder: demo, resnet18, ..., resnet18-cifar, timm:NAME (Sec. 3.3)
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """first layers of a ResNet; cifar: a 3x3 convolution of stride 1, no max-pooling (notebook)"""
+    head: Literal["linear", "mlp"] = "linear"
+    """head: v1's is linear (Sec. 3.3), v2's an MLP of two layers (arXiv 2003.04297 Sec. 3)"""
+    dim: int = 128  # dimension of queries and keys (Sec. 3.3)
     # Sec. 3.3: the views
-    views: Literal["v1", "v2", "notebook"] = "v1"  # whose distribution (Sec. 3.3; see augment.py)
+    views: Literal["v1", "v2", "notebook"] = "v1"  # whose distribution of views (Sec. 3.3)
     image_size: int = 224  # pixels, height and width of a view (Sec. 3.3)
-    test_size: int = 0  # pixels of an image when judged, 0: image_size (ours)
-    crop_min_area: float = 0.2  # smallest share of the image that a crop keeps (CODE main_moco.py)
+    eval_size: int = field(default=0, metadata={"was": "test_size"})
+    """pixels of an image when the encoder is judged; 0: those of a view (ours)"""
+    crop_min_area: float = 0.2
+    """smallest share of the image that a crop keeps (official code, main_moco.py)"""
     # Sec. 3.1 to 3.3: loss, queue, key network
-    temperature: float = 0.07  # tau of Eq. 1 (Sec. 3.3)
-    queue_size: int = 65536  # K keys to contrast with (Sec. 4.1; CODE moco_k)
-    key_momentum: float = 0.999  # m of Eq. 2 (Sec. 3.2)
-    symmetric: bool = False  # both views as queries, the two losses added (notebook)
-    bn_splits: int = 8  # BatchNorm groups of the global batch: 8 GPUs (Sec. 4), 8 in the notebook
+    temperature: float = 0.07  # temperature tau of Eq. 1 (Sec. 3.3)
+    queue_size: int = 65536  # K keys in the queue (Sec. 4.1; official code, moco_k)
+    key_momentum: float = 0.999  # momentum m of the key network, Eq. 2 (Sec. 3.2)
+    symmetric: bool = False  # both views as queries, and the two losses added (notebook)
+    bn_splits: int = 8  # BatchNorm groups of the global batch: the 8 GPUs (Sec. 4; notebook)
     # Sec. 4, "Training": the optimiser
-    batch_size: int = 256  # N images over all processes (Sec. 4)
-    epochs: float = 200  # (Sec. 4)
-    base_lr: float = 0.03  # at batch 256 (Sec. 4), linear in N (README, lr 0.015 at 128)
-    schedule: Literal["step", "cosine", "notebook"] = "step"  # v1: step (Sec. 4); see optim.py
-    milestones: tuple[int, ...] = (120, 160)  # epochs at which "step" falls tenfold (Sec. 4)
-    weight_decay: float = 1e-4  # on all parameters (Sec. 4; CODE main_moco.py)
-    momentum: float = 0.9  # of SGD (Sec. 4)
-    # how to run it
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # of the two networks (ours)
-    compile: bool = False  # torch.compile the encoders: a minute, for 3 % on a CPU (ours)
-    estimate: bool = False  # say what the run would take; train and write nothing (ours)
-    profile: bool = False  # write RUN/trace.json.gz, of three steps, for ui.perfetto.dev (ours)
-    processes: int = 0  # refuse to start unless so many were launched; 0: any number (ours)
-    workers: int = 8  # decoding processes, where the images do not fit in memory (ours)
-    memory_gb: float = 4.0  # decode once and keep the pixels if they need less than this (ours)
-    log_every: int = 20  # steps (ours)
-    save_every: float = 1  # epochs between checkpoints (ours)
-    knn_every: float = 10  # epochs between kNN measurements, 0: never (ours)
-    published: str = "moco-v1-r50-200"  # the row of eval/published.py to hold the result against
+    batch_size: int = 256  # N images of a step over all processes (Sec. 4)
+    epochs: float = 200  # epochs, of whole batches each (Sec. 4)
+    base_lr: float = 0.03  # learning rate at a batch of 256, linear in the batch (Sec. 4; README)
+    schedule: Literal["step", "cosine", "notebook"] = "step"
+    """learning rate by epochs: tenfold steps in v1 (Sec. 4), a cosine in v2; see optim.py"""
+    milestones: tuple[int, ...] = (120, 160)
+    """epochs at which the schedule "step" falls tenfold (Sec. 4)"""
+    weight_decay: float = 1e-4  # weight decay of all parameters (Sec. 4; official main_moco.py)
+    momentum: float = 0.9  # momentum of SGD (Sec. 4)
+    published: str = "moco-v1-r50-200"
+    """row of eval/published.py to hold the result against (Sec. 4.1)"""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            dim=(1, 1_000_000),
+            image_size=(12 if self.views == "v2" else 1, 10_000),  # v2's blur reflects 11 pixels
+            eval_size=(0, 10_000),
+            crop_min_area=(0, 1),
+            temperature=(1e-6, math.inf),
+            queue_size=(1, 100_000_000),
+            key_momentum=(0, 1),
+            bn_splits=(1, math.inf),
+            batch_size=(1, math.inf),
+            epochs=(1e-6, 1_000_000),
+            base_lr=(0, math.inf),
+            weight_decay=(0, math.inf),
+            momentum=(0, 1),
+        )
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse BatchNorm groups that the processes cannot share, or that are unequal.
+
+        Raises:
+            ValueError: with what to change.
+        """
+        if self.batch_size % world_size:
+            raise ValueError(
+                f"--batch-size {self.batch_size}: not divisible by {world_size} processes"
+            )
+        if self.bn_splits % world_size:
+            near = world_size * max(1, round(self.bn_splits / world_size))
+            raise ValueError(
+                f"--bn-splits {self.bn_splits}: cannot be shared by {world_size} processes; "
+                f"try --bn-splits {near}"
+            )
+        if self.batch_size % self.bn_splits:
+            raise ValueError(
+                f"--batch-size {self.batch_size}: cannot be cut into {self.bn_splits} equal "
+                "BatchNorm groups (--bn-splits)"
+            )
+
+    def advice(self) -> list[str]:
+        """What is allowed and seldom meant."""
+        lines = []
+        if self.schedule == "step" and min(self.milestones, default=self.epochs) >= self.epochs:
+            milestones = " ".join(map(str, self.milestones))
+            lines.append(
+                f"the learning rate stays as it is: --milestones {milestones} of --epochs "
+                f"{self.epochs:g}"
+            )
+        if self.bn_splits == 1:  # Sec. 3.3, "Shuffling BN"
+            lines.append(
+                "--bn-splits 1: one BatchNorm group, in which shuffled keys hide nothing; try 8"
+            )
+        if self.bn_splits == self.batch_size:  # as the notebook allows
+            lines.append(
+                f"--bn-splits {self.bn_splits}: BatchNorm groups of one image, whose statistics "
+                "are those of its own pixels"
+            )
+        return lines
+
+
+def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
+    """Check that each named field, or each number of it, is finite and from least to most.
+
+    Twin: common/config.py.
+
+    Raises:
+        ValueError: one is not; the message names its flag.
+    """
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not (least <= number <= most and abs(number) != math.inf):
+                bound = f"from {least:,}" + (f" to {most:,}" if most < math.inf else " upwards")
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {number}: must be a number {bound}")
 
 
 # Sec. 4.1: 60.6 linear Top-1 after 200 epochs (README: 60.8 over five runs).
@@ -115,12 +183,11 @@ CIFAR10_SYMMETRIC = replace(
 DEMO = replace(
     CIFAR10_SYMMETRIC,
     data="demo",
-    out="runs/moco-demo",
     arch="demo",  # ours
     head="linear",  # Sec. 3.3; ours: in so short a run the MLP learns less
     dim=64,  # ours: half the features
     image_size=24,  # ours: crops of 32 px images, at half the cost of 32 px views
-    test_size=32,  # ours: patterns then appear about as large as in the crops
+    eval_size=32,  # ours: patterns then appear about as large as in the crops
     crop_min_area=0.35,  # ours: smaller crops hold less than a period of the patterns
     temperature=0.1,  # notebook moco_t
     queue_size=2048,  # ours
@@ -130,15 +197,14 @@ DEMO = replace(
     base_lr=0.03,  # Sec. 4; ours: half of it and twice learn less
     schedule="cosine",  # 2003.04297 Sec. 3
     weight_decay=1e-4,  # Sec. 4
-    save_every=5,  # ours
     published="",  # ours: nothing was published on it
 )
 
-RECIPES = {
-    "demo": DEMO,
-    "cifar10": CIFAR10,
-    "cifar10-symmetric": CIFAR10_SYMMETRIC,
-    "imagenet-v1": MOCO_V1,
-    "imagenet": MOCO_V2,
-    "imagenet-800ep": MOCO_V2_800,
+RECIPES: dict[str, tuple[Config, dict[str, Any]]] = {  # and what the run needs changed
+    "demo": (DEMO, {"save_every": 5}),
+    "cifar10": (CIFAR10, {}),
+    "cifar10-symmetric": (CIFAR10_SYMMETRIC, {}),
+    "imagenet-v1": (MOCO_V1, {}),
+    "imagenet": (MOCO_V2, {}),
+    "imagenet-800ep": (MOCO_V2_800, {}),
 }

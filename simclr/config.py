@@ -5,8 +5,9 @@ v3; v2 "Big Self-Supervised Models are Strong Semi-Supervised Learners", arXiv 2
 CODE is google-research/simclr at 383d414, README its README, S0 its first commit be133b3 (v1).
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -16,47 +17,102 @@ class Config:
     The defaults are the paper's ImageNet setting, 100 epochs.
     """
 
-    # the run
     data: str = "ILSVRC/imagenet-1k"  # images: demo, a folder, parquet files or a Hub id (App. B)
-    split: str = "train"  # which split of the data to train on (ours)
-    image_column: str | None = None  # where the images are, if a table has several (ours)
-    label_column: str | None = None  # where the labels are, for the kNN monitor only (ours)
-    out: str = "runs/simclr"  # the folder of this run; given again, it goes on (ours)
-    seed: int = 1  # of initial weights, order and views (ours)
     # Sec. 2.1: the network f and the projection head g
-    arch: Literal["demo", "resnet18", "resnet50"] = "resnet50"  # encoder f (Sec. 2.1)
-    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3 stride 1, no max-pool (App. B.9)
-    head_layers: int = 2  # v1: 2 (Sec. 2.1); v2: 3 (arXiv 2006.10029 Sec. 2)
+    arch: str = "resnet50"  # encoder f: demo, resnet18, ..., resnet18-cifar, timm:NAME (Sec. 2.1)
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """first layers of a ResNet; cifar: a 3x3 convolution of stride 1, no max-pooling (App. B.9)"""
+    head_layers: int = 2  # layers of the head; v1 has 2 (Sec. 2.1), v2 3 (arXiv 2006.10029 Sec. 2)
     head_dim: int = 128  # dimension of z (Sec. 2.1)
     # Sec. 2.1 and App. A: the views
     image_size: int = 224  # pixels, height and width of a view (App. A)
-    test_size: int = 0  # pixels of an image when judged, 0: image_size (ours)
+    eval_size: int = field(default=0, metadata={"was": "test_size"})
+    """pixels of an image when the encoder is judged; 0: those of a view (ours)"""
     crop_min_area: float = 0.08  # smallest share of the image that a crop keeps (App. A)
-    jitter: float = 1.0  # s, the strength of the colour distortion (App. A)
+    jitter: float = 1.0  # strength s of the colour distortion (App. A)
     blur: float = 0.5  # probability of the Gaussian blur (App. A)
     # Sec. 2.1: the loss, Eq. 1
-    temperature: float = 0.1  # tau (Table 5)
+    temperature: float = 0.1  # temperature tau of the loss (Table 5)
     # Sec. 2.2, 2.3 and App. B.1: the optimiser
-    batch_size: int = 4096  # N images over all processes, 2N views (Sec. 2.3)
-    epochs: float = 100  # (Sec. 2.3)
-    base_lr: float = 0.3  # at batch 256 (Sec. 2.3)
-    lr_scaling: Literal["linear", "sqrt"] = "linear"  # B/256 or sqrt(B) times base_lr (App. B.1)
-    warmup_epochs: float = 10  # of linear warm-up, then cosine to 0 (Sec. 2.3)
-    weight_decay: float = 1e-6  # PAPER/CODE: paper 1e-6 (Sec. 2.3), README 1e-4: v1 is the paper's
-    momentum: float = 0.9  # (CODE run.py)
-    cache_chunk: int = 0  # images at a time, 0: N; BatchNorm sees these alone (arXiv 2101.06983)
-    # how to run it
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # of the two networks (ours)
-    compile: bool = False  # torch.compile the encoders: a minute, for 3 % on a CPU (ours)
-    estimate: bool = False  # say what the run would take; train and write nothing (ours)
-    profile: bool = False  # write RUN/trace.json.gz, of three steps, for ui.perfetto.dev (ours)
-    processes: int = 0  # refuse to start unless so many were launched; 0: any number (ours)
-    workers: int = 8  # decoding processes, where the images do not fit in memory (ours)
-    memory_gb: float = 4.0  # decode once and keep the pixels if they need less than this (ours)
-    log_every: int = 20  # steps (ours)
-    save_every: float = 1  # epochs between checkpoints (ours)
-    knn_every: float = 10  # epochs between kNN measurements, 0: never (ours)
-    published: str = "simclr-v1-r50-100"  # the row of eval/published.py to hold the result against
+    batch_size: int = 4096  # N images of a step over all processes, 2N views (Sec. 2.3)
+    epochs: float = 100  # epochs, of which the last may be a part (Sec. 2.3)
+    base_lr: float = 0.3  # learning rate at a batch of 256 (Sec. 2.3)
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """how the learning rate follows the batch: B/256 or sqrt(B) times base_lr (App. B.1)"""
+    warmup_epochs: float = 10  # epochs of linear warm-up, before a cosine to 0 (Sec. 2.3)
+    weight_decay: float = 1e-6
+    """weight decay of the weights, not of gains and biases (Sec. 2.3)"""
+    # PAPER/CODE: the paper's 1e-6; the official README has 1e-4 by now, which v2's recipes follow
+    momentum: float = 0.9  # momentum of LARS (official code, run.py)
+    # arXiv 2101.06983: gradient caching, for a batch that does not fit
+    grad_cache_chunk: int = field(default=0, metadata={"was": "cache_chunk"})
+    """images that go through the networks at a time, which is what BatchNorm sees; 0: the whole
+    batch (gradient caching, arXiv 2101.06983)"""
+    published: str = "simclr-v1-r50-100"
+    """row of eval/published.py to hold the result against (App. B)"""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            head_layers=(1, 100),
+            head_dim=(1, 1_000_000),
+            image_size=(1, 10_000),
+            eval_size=(0, 10_000),
+            crop_min_area=(0, 1),
+            jitter=(0, 2.5),  # a fifth of it is the turn of the hue, at most a half
+            blur=(0, 1),
+            temperature=(1e-6, math.inf),
+            batch_size=(1, math.inf),
+            epochs=(1e-6, 1_000_000),
+            base_lr=(0, math.inf),
+            warmup_epochs=(0, 1_000_000),
+            weight_decay=(0, math.inf),
+            momentum=(0, 1),
+            grad_cache_chunk=(0, math.inf),
+        )
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse a batch that the processes cannot share, or chunks that do not make it up.
+
+        Raises:
+            ValueError: with what to change.
+        """
+        if self.batch_size % world_size:
+            raise ValueError(
+                f"--batch-size {self.batch_size}: not divisible by {world_size} processes"
+            )
+        chunk = self.grad_cache_chunk
+        if chunk and (chunk % world_size or self.batch_size % chunk):
+            raise ValueError(
+                f"--grad-cache-chunk {chunk}: must divide --batch-size {self.batch_size} and be a "
+                f"multiple of the {world_size} processes; 0 for the whole batch at once"
+            )
+
+    def advice(self) -> list[str]:
+        """What is allowed and seldom meant."""
+        if self.warmup_epochs < self.epochs:
+            return []
+        return [
+            f"the learning rate only rises: --warmup-epochs {self.warmup_epochs:g} of --epochs "
+            f"{self.epochs:g}; try --warmup-epochs {self.epochs / 10:g}"
+        ]
+
+
+def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
+    """Check that each named field, or each number of it, is finite and from least to most.
+
+    Twin: common/config.py.
+
+    Raises:
+        ValueError: one is not; the message names its flag.
+    """
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not (least <= number <= most and abs(number) != math.inf):
+                bound = f"from {least:,}" + (f" to {most:,}" if most < math.inf else " upwards")
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {number}: must be a number {bound}")
 
 
 # Table 1 and App. B.1: 64.5 linear Top-1 after 100 epochs.
@@ -75,9 +131,9 @@ IMAGENET_V2 = replace(
     IMAGENET_100,
     head_layers=3,  # CODE run.py num_proj_layers
     epochs=800,  # the step in the checkpoint's name: 250228 = 1281167 * 800 // 4096 + 1
-    base_lr=0.1,  # times sqrt(4096) = 6.4; from a secondary source, not verified
-    lr_scaling="sqrt",  # likewise
-    warmup_epochs=40,  # 5 % of the epochs; likewise
+    base_lr=0.1,  # times sqrt(4096) = 6.4: from memory, not verified
+    lr_scaling="sqrt",  # from memory, not verified
+    warmup_epochs=40,  # 5 % of the epochs: from memory, not verified
     weight_decay=1e-4,  # README
     published="simclr-v2-r50-800",
 )
@@ -117,12 +173,11 @@ CIFAR10_R50 = replace(
 DEMO = replace(
     CIFAR10,
     data="demo",
-    out="runs/simclr-demo",
     arch="demo",  # ours
     head_layers=2,  # Sec. 2.1
     head_dim=64,  # ours: half the features
     image_size=24,  # ours: crops of 32 px images, at half the cost of 32 px views
-    test_size=32,  # ours: patterns then appear about as large as in the crops
+    eval_size=32,  # ours: patterns then appear about as large as in the crops
     crop_min_area=0.35,  # ours: smaller crops hold less than a period of the patterns
     jitter=1.0,  # App. A; at 0.5 tint tells instances apart
     temperature=0.1,  # Table 5
@@ -131,15 +186,14 @@ DEMO = replace(
     base_lr=8.0,  # ours: few steps and a small network ask for more than 1.0
     warmup_epochs=4,  # ours: a tenth of the run
     weight_decay=1e-6,  # Sec. 2.3
-    save_every=5,  # ours
     published="",  # ours: nothing was published on it
 )
 
-RECIPES = {
-    "demo": DEMO,
-    "cifar10": CIFAR10,
-    "cifar10-r50": CIFAR10_R50,
-    "imagenet-100ep": IMAGENET_100,
-    "imagenet": IMAGENET_1000,
-    "imagenet-v2": IMAGENET_V2,
+RECIPES: dict[str, tuple[Config, dict[str, Any]]] = {  # and what the run needs changed
+    "demo": (DEMO, {"save_every": 5}),
+    "cifar10": (CIFAR10, {}),
+    "cifar10-r50": (CIFAR10_R50, {}),
+    "imagenet-100ep": (IMAGENET_100, {}),
+    "imagenet": (IMAGENET_1000, {}),
+    "imagenet-v2": (IMAGENET_V2, {}),
 }

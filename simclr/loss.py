@@ -12,8 +12,8 @@ from torch import Tensor
 class _AllGather(torch.autograd.Function):
     """(B, D) of every process to (N, D), rank by rank; the gradient comes back from all of them.
 
-    `dist.all_gather` alone carries no gradient: an embedding would then be told how to move as an
-    anchor but not as the negative of other processes' anchors.
+    `dist.all_gather` alone carries no gradient: an embedding would then have its own anchor's
+    gradient, but not those of other processes' anchors, whose negative it is.
     """
 
     @staticmethod
@@ -31,8 +31,8 @@ class _AllGather(torch.autograd.Function):
 
 def all_gather(x: Tensor) -> Tensor:
     """(B, D) to (N, D) with gradient; the identity on one process."""
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    return _AllGather.apply(x) if several else x
+    is_distributed = dist.is_initialized() and dist.get_world_size() > 1
+    return _AllGather.apply(x) if is_distributed else x
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -60,8 +60,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tensor, Tensor]
     positive = torch.arange(len(z1), device=z1.device) + rank * len(z1)  # (B,) column of the anchor
     itself = positive[:, None] == torch.arange(len(all1), device=z1.device)  # (B, N)
 
-    def same_view(z: Tensor, every: Tensor) -> Tensor:
-        return (z @ every.T / temperature).masked_fill(itself, -torch.inf)
+    def same_view(z: Tensor, all_z: Tensor) -> Tensor:
+        return (z @ all_z.T / temperature).masked_fill(itself, -torch.inf)
 
     logits12 = z1 @ all2.T / temperature
     logits21 = z2 @ all1.T / temperature

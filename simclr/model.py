@@ -1,37 +1,34 @@
-"""SimCLR's networks: encoder f, projection head g, BatchNorm over all processes.
+"""SimCLR's networks: an encoder f, a projection head g, BatchNorm over all processes.
 
 Sec. 2.1 of arXiv 2002.05709 v3; the head of v2 is Sec. 2 of arXiv 2006.10029 v2.
-Symbols: B images per process, F features of h = f(x), D dimension of z = g(h), K chunks of a batch.
+Symbols: B images per process, F features of h = f(x), D dimension of z = g(h).
 """
-
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from .config import Config
 
 
 class SimCLR(nn.Module):
-    """f and g, trained together; h = f(x) is the representation, z = g(h) is for the loss."""
+    """f and g, trained together; h = f(x) is the representation, z = g(h) is for the loss.
 
-    def __init__(self, cfg: Config) -> None:
+    Args:
+        encoder: f, any network from images to (B, F) features that has `num_features`, F. It keeps
+            the weights that it comes with; `init_weights` has those of the official code.
+        head_layers: of g; 2 in v1, 3 in v2.
+        head_dim: D.
+    """
+
+    def __init__(self, encoder: nn.Module, head_layers: int = 2, head_dim: int = 128) -> None:
         super().__init__()
-        self.encoder = build_encoder(cfg.arch, cfg.stem)
-        self.head = projection_head(self.encoder.num_features, cfg.head_layers, cfg.head_dim)
-        self.chunks = cfg.batch_size // cfg.cache_chunk if cfg.cache_chunk else 1
-        init_weights(self)
+        self.encoder = encoder
+        self.head = projection_head(encoder.num_features, head_layers, head_dim)
+        with torch.random.fork_rng(devices=[]):  # the caller's random stream goes on to the encoder
+            init_weights(self.head)
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) twice to (B, D) twice, not normalised."""
-        return self.cached(view1, view2) if self.chunks > 1 else self.embed(view1, view2)
-
-    def embed(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) twice to (B, D) twice.
+        """(B, C, H, W) twice to (B, D) twice, not normalised.
 
         Both views go through the networks together, so that BatchNorm sees 2B images (CODE
         model.py:58-68). Two calls would give other statistics and other gradients.
@@ -39,97 +36,14 @@ class SimCLR(nn.Module):
         z1, z2 = self.head(self.encoder(torch.cat([view1, view2]))).chunk(2)
         return z1, z2
 
-    def cached(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """`embed` in K chunks, with the memory of one: gradient caching (arXiv 2101.06983).
-
-        The z of every chunk are kept, its activations are not. The loss is taken over all z as
-        ever; its gradient reaches the z, and then each chunk goes through the networks a second
-        time, to be differentiated at once. The gradients are exact, for a forward pass more.
-
-        What differs: BatchNorm sees the 2B / K images of a chunk. Its running statistics move once
-        a step, by the mean of the chunks' (the second pass does not touch them).
-
-        A chunk is every K-th image, so that it holds the same ones on any number of processes.
-        """
-        moving = list(self.buffers())
-        parts, moved = [], []
-        for k in range(self.chunks):
-            with _unmoved(moving):
-                z = checkpoint(
-                    self.embed,
-                    view1[k :: self.chunks],
-                    view2[k :: self.chunks],
-                    use_reentrant=False,
-                    preserve_rng_state=False,  # nothing here is random
-                    context_fn=lambda: (nullcontext(), _unmoved(moving)),  # of either pass
-                )
-                moved.append([b.clone() for b in moving])
-            parts.append(z)
-            # else chunks share one low-precision copy of the weights, and sum their gradients in it
-            torch.clear_autocast_cache()
-        for b, after in zip(moving, zip(*moved, strict=True), strict=True):
-            b.copy_(sum(after) / self.chunks)
-        z1, z2 = (torch.stack(z, dim=1).flatten(0, 1) for z in zip(*parts, strict=True))
-        return z1, z2
-
     def representation(self, images: Tensor, head_layer: int = 0) -> Tensor:
-        """(B, 3, H, W) to what a task is trained on: h, or the output of a layer of the head.
+        """(B, C, H, W) to what a task is trained on: h, or the output of a layer of the head.
 
         `head_layer` 0 is h, (B, F), as in v1; k is the head's k-th layer after its ReLU, the best
         for fine-tuning on few labels in v2 (arXiv 2006.10029 Sec. 2: the first of three); the
         number of layers gives z.
         """
         return self.head[: 3 * head_layer](self.encoder(images))
-
-
-@contextmanager
-def _unmoved(buffers: Sequence[Tensor]) -> Iterator[None]:
-    """Afterwards `buffers` are as they were before."""
-    before = [b.clone() for b in buffers]
-    try:
-        yield
-    finally:
-        for b, value in zip(buffers, before, strict=True):
-            b.copy_(value)
-
-
-def build_encoder(arch: str, stem: str) -> nn.Module:
-    """A network from (B, 3, H, W) images to (B, num_features) features, torchvision's key names.
-
-    Twin: eval/encoder.py. ResNet-18 is torchvision's, without the extra shortcut of the official
-    TensorFlow code. The `cifar` stem is a 3x3 convolution of stride 1 and no max-pooling.
-    """
-    if arch == "demo":
-        return DemoEncoder()
-    encoder = getattr(torchvision.models, arch)(weights=None)
-    encoder.num_features = encoder.fc.in_features
-    encoder.fc = nn.Identity()
-    if stem == "cifar":
-        encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        encoder.maxpool = nn.Identity()
-    return encoder
-
-
-class DemoEncoder(nn.Module):
-    """Four 3x3 convolutions with BatchNorm and ReLU, then the mean over positions.
-
-    241,184 parameters, for the demo's 32 px images on a few cores.
-
-    Twin: eval/encoder.py. The first layer strides already: at full resolution it would cost
-    more than the others together.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for before, width, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1)):
-            layers += [nn.Conv2d(before, width, 3, stride, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.num_features = 128
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
 
 
 def projection_head(features: int, layers: int, dim: int) -> nn.Sequential:
@@ -165,7 +79,7 @@ def init_weights(model: nn.Module) -> None:
             nn.init.zeros_(module.bn2.weight)
 
 
-# ---- BatchNorm over all processes ("global BN", Sec. 3) ------------------------------------------
+# ---- BatchNorm over all processes ("global BN", Sec. 2.2) ---------------------------------------
 
 
 def globalize(model: nn.Module) -> nn.Module:
@@ -173,17 +87,22 @@ def globalize(model: nn.Module) -> nn.Module:
     processes: `SyncBatchNorm` on GPUs, `GlobalBatchNorm` elsewhere. Call it before DDP wraps it.
 
     Twin: byol/model.py. Running variances are unbiased, as torch has them; TensorFlow's are not.
+
+    Raises:
+        ValueError: a layer is of a class derived from BatchNorm, which may do more than it does.
     """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return model
-    if torch.cuda.is_available():
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-                synced = GlobalBatchNorm(child.num_features, child.eps, child.momentum)
+            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+                kind = nn.SyncBatchNorm if torch.cuda.is_available() else GlobalBatchNorm
+                synced = kind(child.num_features, child.eps, child.momentum)
                 synced._parameters, synced._buffers = child._parameters, child._buffers
                 setattr(module, name, synced)
+            elif isinstance(child, nn.modules.batchnorm._BatchNorm):
+                what = f"{name}: a {type(child).__name__} does more than BatchNorm"
+                raise ValueError(f"{what}, and cannot share its statistics among processes")
     return model
 
 
@@ -200,7 +119,9 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        # torch's BatchNorm on a CPU sums in float64 too, and LARS tells the two apart
+        # In float64, so that several processes are right to float32's last bits. One on a CPU has
+        # torch's own BatchNorm, which does so for contiguous maps alone: in channels_last, and for
+        # (B, C), it keeps running sums in float32, off by up to 3e-5 of 1e5 summands.
         wide = input.double()
         axes, world = [0, *range(2, input.ndim)], dist.get_world_size()
         shape = [1, -1] + [1] * (input.ndim - 2)

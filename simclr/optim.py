@@ -23,9 +23,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """
     params = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+        {
+            "params": [p for p in params if p.ndim > 1],
+            "weight_decay": weight_decay,
+            "lars_adaptation": True,
+        },
+        {
+            "params": [p for p in params if p.ndim <= 1],
+            "weight_decay": 0.0,
+            "lars_adaptation": False,
+        },
     ]
+
+
+def lars(network: nn.Module, cfg: Config) -> "LARS":
+    """The optimiser of a run."""
+    return LARS(parameter_groups(network, cfg.weight_decay), cfg.momentum)
 
 
 class LARS(torch.optim.Optimizer):
@@ -44,7 +57,13 @@ class LARS(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Tensor] | Iterable[dict], momentum: float = 0.9, eta: float = ETA
     ) -> None:
-        settings = {"lr": 0.0, "weight_decay": 0.0, "adapt": True, "momentum": momentum, "eta": eta}
+        settings = {
+            "lr": 0.0,
+            "weight_decay": 0.0,
+            "lars_adaptation": True,
+            "momentum": momentum,
+            "eta": eta,
+        }
         super().__init__(params, settings)
 
     @torch.no_grad()
@@ -62,7 +81,7 @@ class LARS(torch.optim.Optimizer):
                 [p.grad for p in params], params, alpha=group["weight_decay"]
             )
             rates = [group["lr"]] * len(params)
-            if group["adapt"]:
+            if group["lars_adaptation"]:
                 trust = torch.stack(torch._foreach_norm(params)) * group["eta"]
                 trust /= torch.stack(torch._foreach_norm(grads))
                 trust = torch.where((trust > 0) & trust.isfinite(), trust, 1.0)

@@ -6,97 +6,112 @@ accelerate launch --num_processes 8 -m simclr.pretrain imagenet --out RUN
 """
 
 import sys
-
-import torch
-from accelerate.utils import set_seed
+from collections.abc import Callable, Iterable
 
 from common import cli
+from common.config import RunConfig
+
+from .config import RECIPES, Config
+
+if __name__ == "__main__":  # a mistake is told before torch is loaded
+    arguments = cli.run(cli.parse, "simclr", Config, RECIPES, sys.argv[1:])
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from common import encoders
 from common.data import open_images
-from common.run import DTYPES, Run, launch
-from common.views import Pairs
-from eval import health
-from eval.encoder import Input, metadata
-from eval.knn import Monitor
+from common.errors import one_line
+from common.launch import launch
+from common.run import Run
+from common.views import ViewPairs
+from eval.encoder import Preprocess, export_metadata
+from eval.knn import online_knn
 
 from . import augment
-from .config import RECIPES, Config
+from .grad_cache import GradCache
 from .loss import chance_loss, contrastive_top1, nt_xent
-from .model import SimCLR, globalize
-from .optim import LARS, lr_at, parameter_groups, total_steps
+from .model import SimCLR, globalize, init_weights
+from .optim import lars, lr_at, total_steps
 
 
-def main() -> None:
-    recipe, cfg = cli.parse(Config, RECIPES, sys.argv[1:], "python -m simclr.pretrain")
-    accelerator = launch(cfg.precision, cfg.processes)
-    dtype = DTYPES.get(cfg.precision, torch.float32)
-    columns = {"image_column": cfg.image_column, "label_column": cfg.label_column}
+def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
+    """Open images and run, build the networks, and train what is left to train."""
+    accelerator = launch(run_cfg, one_thread=cfg.arch == "demo")
+    images = open_images(cfg.data, run_cfg.split, **run_cfg.columns)
+    steps = total_steps(cfg, len(images))
+    run = Run("simclr", recipe, RECIPES[recipe], cfg, run_cfg, accelerator, images, steps)
+    pairs = ViewPairs.of_run(
+        images,
+        augment.views(cfg),
+        batch_size=cfg.batch_size,
+        run=run_cfg,
+        accelerator=accelerator,
+    )
 
-    # images in, view pairs out
-    images = open_images(cfg.data, cfg.split, **columns)
-    cli.check_batch(cfg.batch_size, len(images), accelerator.num_processes)
-    check_chunk(cfg, accelerator.num_processes)
-    run = Run(cfg, "simclr", recipe, accelerator, len(images), total_steps(cfg, len(images)))
-    if cfg.warmup_epochs >= cfg.epochs:
-        given = f"--warmup-epochs {cfg.warmup_epochs:g} of --epochs {cfg.epochs:g}"
-        run.say(f"the learning rate only rises: {given}; try --warmup-epochs {cfg.epochs / 10:g}")
-    run.say(images.load(cfg.memory_gb))
-    pairs = Pairs.of_run(images, augment.views(cfg), cfg, accelerator, dtype=dtype)
-
-    # f and g, their optimiser, and what goes into a checkpoint
-    set_seed(cfg.seed)
-    network = globalize(SimCLR(cfg)).to(dtype=dtype, memory_format=torch.channels_last)
-    if cfg.compile:
+    # f and g and their optimiser
+    set_seed(run_cfg.seed)
+    name = encoders.full_name(cfg.arch, cfg.stem)
+    network = SimCLR(encoders.build(name, image_size=cfg.image_size), cfg.head_layers, cfg.head_dim)
+    if not encoders.is_of_timm(name):  # those keep their library's initial weights
+        init_weights(network)
+    with one_line():
+        globalize(network).to(dtype=run.dtype, memory_format=torch.channels_last)
+    if run_cfg.compile:
         network.encoder.compile()
-    optimizer = LARS(parameter_groups(network, cfg.weight_decay), cfg.momentum)
-    state = {"model": network, "optimizer": optimizer}
-    run.resume(state)
-    model, optimizer = accelerator.prepare(network, optimizer)
+    optimizer = lars(network, cfg)
 
-    # how the encoder is judged, now by the kNN monitor and later by eval/
-    given = Input.of(cfg.test_size or cfg.image_size)  # CODE: no mean and standard deviation
-    about = metadata(cfg.arch, cfg.stem, given, cfg.published)
-    monitor = Monitor.of_run(run, given, columns)
+    # a checkpoint's state, what is exported, and how it is measured; the paper does not normalise
+    preprocess = Preprocess.of(cfg.eval_size or cfg.image_size)
+    run.open(
+        state={"model": network, "optimizer": optimizer},
+        encoder=network.encoder,
+        head=network.head,
+        metadata=export_metadata(name, network.encoder, preprocess, cfg.published),
+        measures=online_knn(run, preprocess, knn=network.encoder),
+    )
+    chunks = cfg.batch_size // cfg.grad_cache_chunk if cfg.grad_cache_chunk else 1
+    model, optimizer = accelerator.prepare(
+        GradCache(network, chunks) if chunks > 1 else network, optimizer
+    )
+    run.print(f"loss at chance {chance_loss(cfg.batch_size):.3f} = 2 log(2N - 1); it falls")
+    train(cfg, len(images), accelerator, model, optimizer, run.steps(pairs), run.end_step)
+    run.finish()
 
+
+def train(
+    cfg: Config,
+    count: int,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: Iterable[tuple[int, tuple[Tensor, Tensor]]],
+    end_step: Callable[..., None],
+) -> None:
+    """Algorithm 1.
+
+    Args:
+        count: images in an epoch, by which the learning rate changes.
+        model, optimizer: as `accelerator.prepare` gives them.
+        steps: (step, (view1, view2)) for every step to do, (B, C, H, W) each, of this process.
+        end_step: called after each step with its views, embeddings and metrics.
+    """
     chance = chance_loss(cfg.batch_size)
-    run.say(f"loss at chance {chance:.3f} = 2 log(2N - 1); it falls from there")
-    for step, (view1, view2) in run.steps(pairs):
+    for step, (view1, view2) in steps:
+        lr = lr_at(step, cfg, count)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg, len(images))
+            group["lr"] = lr
         z1, z2 = model(view1, view2)  # (B, D) each
         loss, logits = nt_xent(z1, z2, cfg.temperature)  # Eq. 1
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-
-        if step == run.first:
-            run.log_views(step, view1, view2)
-        if run.logs(step):
-            figures = health.panel(*accelerator.gather((z1, z2)))
-            run.warn_once(health.diagnosis(figures))
-            top1 = contrastive_top1(logits)
-            run.log(step, loss=loss, chance_loss=chance, contrastive_top1=top1, **figures)
-            run.log(step, lr=lr_at(step, cfg, len(images)))
-        if monitor and run.due(step, cfg.knn_every):
-            run.log(step, knn=monitor(network.encoder, accelerator.device))
-        if run.due(step, cfg.save_every):
-            run.export(step + 1, network.encoder, network.head, **about)
-            run.save(step + 1, state)
-    run.finish()
-
-
-def check_chunk(cfg: Config, processes: int) -> None:
-    """Refuse chunks that do not make up the batch or cannot be shared.
-
-    Raises:
-        UserError: with what to change.
-    """
-    chunk = cfg.cache_chunk
-    if chunk and (chunk % processes or cfg.batch_size % chunk):
-        raise cli.UserError(
-            f"--cache-chunk {chunk}: must divide --batch-size {cfg.batch_size} and be a multiple "
-            f"of the {processes} processes; 0 for the whole batch at once"
-        )
+        top1 = contrastive_top1(logits)
+        metrics = {"loss": loss, "chance_loss": chance, "contrastive_top1": top1, "lr": lr}
+        end_step(step, (view1, view2), (z1, z2), **metrics)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, *arguments)

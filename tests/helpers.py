@@ -3,8 +3,11 @@
 golden("simclr_lars")                    the arrays of tests/golden/simclr_lars.npz
 run_processes(function, 2, x)            [function(0, 2, x), function(1, 2, x)] over gloo
 forked("moco", argv, log, 2)             `python -m moco.pretrain ARGV` on two processes, at once
+pretrain("moco", *argv)                  the same in this process
+evaluate(eval.knn, *argv)                `python -m eval.knn ARGV` in this process
 """
 
+import contextlib
 import functools
 import gzip
 import importlib.util
@@ -17,13 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 
 from common import cli
@@ -31,6 +36,14 @@ from common import cli
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 METHODS = ("simclr", "moco", "byol")
+IMAGES = Path(os.environ.get("SSL_TEST_IMAGES") or ROOT.parent / "shared" / "data")
+
+
+def real_images(name: str) -> Path:
+    """The folder or file `name` of real images in SSL_TEST_IMAGES; a test without it is skipped."""
+    if not (IMAGES / name).exists():
+        pytest.skip(f"{name}: not there; SSL_TEST_IMAGES names the folder of real images")
+    return IMAGES / name
 
 
 # ---- recorded outputs ----------------------------------------------------------------------------
@@ -193,7 +206,12 @@ def _command(
     sys.argv = [f"{method}.pretrain", *argv]
     if before:
         before()
-    cli.run(importlib.import_module(f"{method}.pretrain").main)
+    _pretrain(method, argv)
+
+
+def _pretrain(method: str, argv: list[str]) -> None:
+    module = importlib.import_module(f"{method}.pretrain")
+    cli.run(module.main, *cli.run(cli.parse, method, module.Config, module.RECIPES, argv))
 
 
 def ended(children: list[Any], timeout: float = 300) -> list[int | None]:
@@ -210,6 +228,35 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+# ---- commands in this process --------------------------------------------------------------------
+
+
+def pretrain(method: str, *argv: Any) -> None:
+    """`python -m METHOD.pretrain ARGV` in this process, on one thread; a mistake: SystemExit."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier command
+    GradientState._reset_state()
+    with one_thread():
+        _pretrain(method, [str(word) for word in argv])
+
+
+def evaluate(module: Any, *argv: Any) -> None:
+    """`python -m eval.NAME ARGV` in this process, on one thread; `module` is eval.NAME."""
+    words, name = [str(word) for word in argv], f"python -m {module.__name__}"
+    with one_thread():
+        parsed = cli.run(cli.parse_settings, module.Settings, words, name, module.__doc__)
+        cli.run(module.main, parsed)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- what a run left -----------------------------------------------------------------------------

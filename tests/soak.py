@@ -167,7 +167,8 @@ def resident(pid: int) -> list[float]:
 
 
 def record(path: Path, method: str, figures: dict[str, float]) -> None:
-    from common.run import provenance, write_atomically
+    from common.files import atomic_write_bytes
+    from common.launch import provenance
 
     about = provenance(1)
     content = {
@@ -178,7 +179,7 @@ def record(path: Path, method: str, figures: dict[str, float]) -> None:
         "device": about["device"],
         "commit": about["commit"],
     }
-    write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")
+    atomic_write_bytes(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ NAMES = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 def script(method):
     """The lines of a method's script, with METHOD in the place of its name."""
     text = (ROOT / method / "reproduce.sh").read_text()
-    text = text.replace("finetune-100-simclr", "twin")  # SimCLR's protocol for every method's
+    text = text.replace("finetune-100-simclr", "supervised")  # SimCLR's protocol for all three
     return text.replace(method, "METHOD").replace(NAMES[method], "METHOD").splitlines()
 
 
@@ -81,19 +81,8 @@ def reproduce(source, run, until=None):
     Returns:
         What it printed.
     """
-    flags = [
-        "--batch-size",
-        "20",
-        "--epochs",
-        "6",
-        "--save-every",
-        "1",
-        "--log-every",
-        "1",
-        "--knn-every",
-        "0",
-    ]
-    command = ["bash", "simclr/reproduce.sh", "demo", str(source), str(run), *flags]
+    flags = "--batch-size 20 --epochs 6 --save-every 1 --log-every 1 --knn-every 0"
+    command = ["bash", "simclr/reproduce.sh", "demo", str(source), str(run), *flags.split()]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with subprocess.Popen(
         command,
@@ -132,7 +121,7 @@ def test_killed_between_and_inside_its_stages_it_ends_in_the_same_rows(source, t
     assert not (killed / "results" / "knn20-encoder.json").exists()
     reproduce(source, killed, "results/knn20-encoder.json")  # inside kNN
     assert not (killed / "results" / "knn200-random.json").exists()
-    reproduce(source, killed, "results/knn200-random.json")  # between kNN and linear
+    reproduce(source, killed, "results/knn200-random.json")  # between two judgements
     assert not (killed / "results" / "linear-features-random.json").exists()
     again = reproduce(source, killed)
     assert judgements(killed) == judgements(whole) and len(judgements(whole)) == 10

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import struct
-from dataclasses import replace
 
 import datasets
 import pytest
@@ -15,14 +14,14 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
-from common.cli import UserError
+from common import cli
+from common.checkpoints import Checkpoints
 from common.data import open_images
-from common.run import Run
+from common.errors import UserError
 from eval.compare import as_markdown
-from eval.encoder import Input, build_seeded, load, metadata
-from eval.encoder import build_encoder as build
+from eval.encoder import Preprocess, build_seeded, export_metadata, load
 from eval.results import Subject, file_name, record, subjects
-from simclr.config import RECIPES
+from simclr.config import RECIPES, Config
 from tests.helpers import METHODS, ROOT
 
 # ---- what the code may not say -------------------------------------------------------------------
@@ -114,22 +113,12 @@ def attack(request, tmp_path):
     assert marker.exists()  # or the attack was none
 
 
-@pytest.fixture
-def run(tmp_path):
-    cfg = replace(RECIPES["demo"], out=str(tmp_path / "run"), data="demo")
-
-    def call():
-        return Run(cfg, "simclr", "demo", Accelerator(cpu=True), 100, 20)
-
-    return call
-
-
-def test_a_checkpoint(attack, run, capsys):
-    opened = run()
-    attack(opened.folder / "checkpoints" / "step-00000003.pt")
-    opened.resume({"model": nn.Linear(2, 2)})
-    assert opened.first == 0
-    assert "step-00000003.pt: cannot be read" in capsys.readouterr().err
+def test_a_checkpoint(attack, tmp_path):
+    attack(tmp_path / "step-00000003.pt")
+    checkpoints = Checkpoints(tmp_path, {"model": nn.Linear(2, 2)}, Accelerator(cpu=True))
+    assert checkpoints.load() == 0
+    [said] = checkpoints.unreadable
+    assert "step-00000003.pt: cannot be read" in said
 
 
 def test_an_encoder(attack, tmp_path):
@@ -169,48 +158,62 @@ def test_a_script_beside_a_table_is_not_run(tmp_path):
 
 # ---- an encoder's metadata -----------------------------------------------------------------------
 
-GIVEN = {"size": 32, "crop": 1.0, "interpolation": "bicubic", "mean": None, "std": None}
+PREPROCESS = {"size": 32, "crop": 1.0, "interpolation": "bicubic", "mean": None, "std": None}
 
 
-def exported(path, tensors=(), **changes):
-    about = metadata("demo", "imagenet", Input.of(32), "") | {"method": "simclr"} | changes
-    body = dict(build_seeded({"arch": "demo", "stem": "imagenet"}).state_dict()) | dict(tensors)
-    save_file(body, path, {key: json.dumps(value) for key, value in about.items()})
+def exported(path, tensors=(), without=(), **changes):
+    network = build_seeded({"encoder": "demo"}, Preprocess.of(32))
+    metadata = export_metadata("demo", network, Preprocess.of(32), "") | {"method": "simclr"}
+    metadata = {key: value for key, value in (metadata | changes).items() if key not in without}
+    body = dict(network.state_dict()) | dict(tensors)
+    save_file(body, path, {key: json.dumps(value) for key, value in metadata.items()})
     return str(path)
+
+
+def of_before(arch, stem):
+    """Files used to have these two in place of a network's one name."""
+    return {"without": ["encoder"], "arch": arch, "stem": stem}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"arch": "__import__('os').mkdir('pwned')"},
-        {"arch": "../../x"},
-        {"arch": "get_model"},  # functions that torchvision.models has as well
-        {"arch": "list_models"},
-        {"arch": "_api"},
-        {"arch": "vit_h_14"},  # 2.5 GB of weights at once
-        {"arch": ["resnet18"]},
-        {"arch": {"a": 1}},
-        {"arch": None},
-        {"stem": "../x"},
-        {"stem": 1},
+        {"encoder": "__import__('os').mkdir('pwned')"},
+        {"encoder": "../../x"},
+        {"encoder": "get_model"},  # functions that torchvision.models has as well
+        {"encoder": "list_models-cifar"},
+        {"encoder": "_api"},
+        {"encoder": "vit_h_14"},  # 2.5 GB of weights at once
+        {"encoder": "timm:hf-hub:owner/name"},
+        {"encoder": "timm:../../x"},
+        {"encoder": ["resnet18"]},
+        {"encoder": {"a": 1}},
+        {"encoder": None},
+        {"without": ["encoder"]},
+        of_before(["resnet18"], "cifar"),
+        of_before("../x", "imagenet"),
+        of_before("get_model", "cifar"),
+        {"channels": 10**9},
+        {"channels": 0},
+        {"channels": True},
         {"norm": "eval"},
         {"method": ["a", "list"]},
         {"recipe": {"a": 1}},
         {"epochs": "many"},
         {"published": ["unhashable"]},
-        {"input": GIVEN | {"size": 10**9}},
-        {"input": GIVEN | {"size": -1}},
-        {"input": GIVEN | {"size": True}},
-        {"input": GIVEN | {"size": 32.5}},
-        {"input": GIVEN | {"size": [32, 10**9]}},
-        {"input": GIVEN | {"crop": 1e9}},
-        {"input": GIVEN | {"crop": float("nan")}},
-        {"input": GIVEN | {"interpolation": "__class__"}},
-        {"input": GIVEN | {"mean": [0.0] * 10**6}},
-        {"input": GIVEN | {"mean": ["0", "0", "0"]}},
-        {"input": GIVEN | {"std": [1.0, 0.0, 1.0]}},
-        {"input": GIVEN | {"std": [1.0, float("inf"), 1.0]}},
-        {"input": GIVEN | {"more": 1}},
+        {"input": PREPROCESS | {"size": 10**9}},
+        {"input": PREPROCESS | {"size": -1}},
+        {"input": PREPROCESS | {"size": True}},
+        {"input": PREPROCESS | {"size": 32.5}},
+        {"input": PREPROCESS | {"size": [32, 10**9]}},
+        {"input": PREPROCESS | {"crop": 1e9}},
+        {"input": PREPROCESS | {"crop": float("nan")}},
+        {"input": PREPROCESS | {"interpolation": "__class__"}},
+        {"input": PREPROCESS | {"mean": [0.0] * 10**6}},
+        {"input": PREPROCESS | {"mean": ["0", "0", "0"]}},
+        {"input": PREPROCESS | {"std": [1.0, 0.0, 1.0]}},
+        {"input": PREPROCESS | {"std": [1.0, float("inf"), 1.0]}},
+        {"input": PREPROCESS | {"more": 1}},
         {"input": "x"},
         {"tensors": {"layers.99.weight": torch.ones(2)}},
         {"tensors": {"layers.0.weight": torch.ones(3, 3)}},
@@ -219,12 +222,19 @@ def exported(path, tensors=(), **changes):
 def test_metadata_that_no_method_writes(tmp_path, monkeypatch, changes):
     monkeypatch.chdir(tmp_path)
     path, built = exported(tmp_path / "encoder.safetensors", **changes), []
-    monkeypatch.setattr("eval.encoder.build_encoder", lambda *a: built.append(a) or build(*a))
-    with pytest.raises(UserError, match=r"encoder\.safetensors: not an exported encoder") as caught:
+    make = nn.Conv2d.__init__
+    monkeypatch.setattr(nn.Conv2d, "__init__", lambda *a, **k: built.append(a) or make(*a, **k))
+    refused = r"encoder\.safetensors: not an exported encoder|: not one of demo|has no such network"
+    with pytest.raises(UserError, match=refused) as caught:
         load(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(path)
     assert bool(built) == ("tensors" in changes)  # words are checked before they build anything
     assert [p.name for p in tmp_path.iterdir()] == ["encoder.safetensors"]
+
+
+def test_a_file_of_before_is_read(tmp_path):
+    path = exported(tmp_path / "encoder.safetensors", **of_before("demo", "imagenet"))
+    assert load(path).metadata["encoder"] == "demo"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +260,7 @@ def test_heads_that_no_method_writes(tmp_path, head, tensors):
 def test_metadata_that_is_no_json_and_a_header_that_is_no_header(tmp_path):
     path = tmp_path / "encoder.safetensors"
     for bomb in ("[" * 100_000, "{", "NaN", "nonsense"):
-        save_file({"x": torch.ones(1)}, path, {"arch": bomb})
+        save_file({"x": torch.ones(1)}, path, {"encoder": bomb})
         with pytest.raises(UserError, match="not an exported encoder"):
             load(str(path))
     path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
@@ -294,14 +304,12 @@ def test_long_sources_have_files_of_their_own():
         {"config": {"data": "demo", "label_column": 3}},
     ],
 )
-def test_the_config_of_no_run(tmp_path, run, content):
-    folder = run().folder
-    (folder / "config.json").write_text(json.dumps(content))
+def test_the_config_of_no_run(tmp_path, content):
+    (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"config\.json: not of a run"):
-        next(subjects(str(folder), "random:resnet18", (), ""))
-    if "config" not in content or content["config"] == []:
-        with pytest.raises(UserError, match=r"config\.json: not of a run"):
-            run()
+        next(subjects(str(tmp_path), "random:resnet18", (), ""))
+    with pytest.raises(UserError, match=r"config\.json: not of a run"):
+        cli.parse("simclr", Config, RECIPES, ["--out", str(tmp_path)])
 
 
 def test_a_hostile_source_in_a_whole_record(tmp_path, capsys):

@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch
 import tyro
 from PIL import Image
 
@@ -28,8 +27,9 @@ import byol.config
 import moco.config
 import simclr.config
 from common import cli
-from common.run import commit, read_json, write_atomically
-from common.speed import device_name
+from common.errors import UserError
+from common.files import atomic_write_bytes, read_json
+from common.launch import provenance
 from eval.compare import public
 
 IMAGENET = 1_281_167  # training images
@@ -75,7 +75,8 @@ CASES = [
     Case("r50-256", "simclr", "imagenet-100ep", 256, "SimCLR, R50 at 224 px, batch 256"),
     Case(
         "r50-4096-cached", "simclr", "imagenet-100ep", 4096,
-        "SimCLR, R50 at 224 px, batch 4096 in chunks of 256", ("--cache-chunk", "256"), share=0.2,
+        "SimCLR, R50 at 224 px, batch 4096 in chunks of 256", ("--grad-cache-chunk", "256"),
+        share=0.2,
     ),
     Case("imagenet-simclr", "simclr", "imagenet", 512, "SimCLR, 512 a GPU", extrapolated=True),
     Case(
@@ -160,14 +161,12 @@ def measure(case: Case, source: str, count: int, images: str, settings: Settings
             done = subprocess.run(child, stdout=file, stderr=subprocess.STDOUT)
         if done.returncode:
             last = log.read_text().strip().splitlines()[-1:]
-            raise cli.UserError(f"{case.name} failed: {' '.join(last)}; see {log}")
+            raise UserError(f"{case.name} failed: {' '.join(last)}; see {log}")
     text = (out / "timings.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()][1:]  # the first step is a cold one
     config = read_json(out / "config.json")["config"]
     figures = {
-        name: median(row[name] for row in rows)
-        for name in ("pairs_per_second", "data_wait", "tflops", "mfu")
-        if all(name in row for row in rows)
+        name: median(row[name] for row in rows) for name in ("pairs_per_second", "data_wait")
     }
     figures["peak_memory_gb"] = max(row["peak_memory_gb"] for row in rows)
     figures["batch_size"] = config["batch_size"]
@@ -175,16 +174,17 @@ def measure(case: Case, source: str, count: int, images: str, settings: Settings
     if case.recipe == "cifar10":
         figures["seconds_per_epoch"] = count / rate
     if case.extrapolated:
-        epochs = RECIPES[case.method][case.recipe].epochs
+        epochs = RECIPES[case.method][case.recipe][0].epochs
         figures["schedule_epochs"] = epochs
         figures[f"schedule_hours_on_{GPUS}"] = epochs * IMAGENET / rate / GPUS / 3600
+    here = provenance(1)
     return {
         "kind": "measurement",
         "title": f"{case.title}; {images}",
         "command": public(shlex.join(["python", "-m", *command])),
         "figures": {name: round(value, 4) for name, value in figures.items()},
-        "device": device_name() + ("" if torch.cuda.is_available() else f" ({os.cpu_count()})"),
-        "commit": commit(),
+        "device": here["device"],
+        "commit": here["commit"],
     }
 
 
@@ -193,7 +193,7 @@ def main() -> None:
     cases = [case for case in CASES if settings.only in case.name]
     if not cases:
         names = ", ".join(case.name for case in CASES)
-        raise cli.UserError(f"--only {settings.only}: none of {names}")
+        raise UserError(f"--only {settings.only}: none of {names}")
     Path(settings.out).mkdir(parents=True, exist_ok=True)
     for case in cases:
         if case.recipe == "cifar10":
@@ -204,7 +204,7 @@ def main() -> None:
         record = measure(case, source, count, images, settings)
         target = Path(settings.keep) / f"speed-{case.name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, (json.dumps(record, indent=1) + "\n").encode())
+        atomic_write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
         shown = ", ".join(f"{name} {value:,.6g}" for name, value in record["figures"].items())
         print(f"{case.name}: {shown}", flush=True)
 

@@ -6,13 +6,13 @@
 Each method's own command: ResNet-18 with the CIFAR stem, batch 256, the embedded images of 32 px.
 Forward is the time in networks, backward that in `Accelerator.backward`; the rest is views, losses,
 optimizer, moving average, queue, shuffle and logging, here of every step. Medians over the steps.
+With several processes a step has one thing more: they agree on whether a signal asks to stop.
 """
 
 import argparse
 import importlib
 import json
-import os
-import sys
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.modules.module import (
@@ -31,8 +32,11 @@ from torch.nn.modules.module import (
 )
 
 from common import cli
-from common.run import Run, commit, write_atomically
-from common.views import Pairs
+from common.errors import UserError
+from common.files import atomic_write_bytes
+from common.launch import StopSignal, provenance
+from common.run import Run
+from common.views import ViewPairs
 
 METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 WARM, STEPS = 2, 6  # the first step is counted and pictured, the last one saved
@@ -62,7 +66,7 @@ def measure(method: str, out: Path, flags: str) -> dict[str, float]:
     marks: list[tuple[float, float]] = []  # at each step's start: the clock, and the stopwatch
     steps, backward = Run.steps, Accelerator.backward
 
-    def marked(run: Run, pairs: Pairs) -> Iterator:
+    def marked(run: Run, pairs: ViewPairs) -> Iterator:
         for step in steps(run, pairs):
             marks.append((time.perf_counter(), watch.seconds))
             yield step
@@ -77,14 +81,13 @@ def measure(method: str, out: Path, flags: str) -> dict[str, float]:
         register_module_forward_pre_hook(watch.enter),
         register_module_forward_hook(watch.leave),
     ]
-    argv = [f"{method}.pretrain", *flags.split(), "--out", str(out)]
+    argv = [*flags.split(), "--out", str(out)]
     with (
         patch.object(Run, "steps", marked),
         patch.object(Accelerator, "backward", timed),
         patch.object(program, "total_steps", lambda *_: STEPS),
-        patch.object(sys, "argv", argv),
     ):
-        program.main()
+        program.main(*cli.parse(method, program.Config, program.RECIPES, argv))
     for hook in hooks:
         hook.remove()
 
@@ -97,12 +100,35 @@ def measure(method: str, out: Path, flags: str) -> dict[str, float]:
     }
 
 
+def agreement_ms(processes: int = 2, count: int = 2000) -> float:
+    """Milliseconds in which linked CPU processes agree once (`StopSignal.agreed`): the median."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, context.Pool(processes) as pool:
+        work = [(rank, processes, folder, count) for rank in range(processes)]
+        return 1000 * max(pool.starmap(agree, work, chunksize=1))
+
+
+def agree(rank: int, world_size: int, folder: str, count: int) -> float:
+    """Seconds of one agreement, of one of the processes: the median."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+    seconds = []
+    with StopSignal(world_size) as stop:
+        for _ in range(count):
+            dist.barrier(stop.group)  # as after a step, which ends on all at about the same time
+            began = time.perf_counter()
+            stop.agreed()
+            seconds.append(time.perf_counter() - began)
+    dist.destroy_process_group()
+    return median(seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also write a record there")
     options = parser.parse_args()
     if torch.accelerator.is_available():
-        raise cli.UserError("overhead: of a CPU only; an accelerator's parts overlap (--profile)")
+        raise UserError("overhead: of a CPU only; an accelerator's parts overlap (cost.py --trace)")
     figures: dict[str, float] = {}
     for method, name in METHODS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -117,18 +143,22 @@ def main() -> None:
             f"{name}, neither forward nor backward (%)": round(100 * found["overhead"], 3),
             f"{name}, of it views (%)": round(100 * found["views"], 3),
         }
+    agreement = agreement_ms()
+    print(f"{'stop':<8}{agreement:.3f} ms a step for two processes to agree on whether to stop")
+    figures["two processes agree whether to stop (ms)"] = round(agreement, 4)
     if options.keep:
+        here = provenance(1)
         record = {
             "kind": "measurement",
             "title": "share of a step that is overhead: R18, CIFAR stem, 32 px, batch 256",
             "command": "python tests/benchmarks/overhead.py",
             "figures": figures,
-            "device": f"CPU ({os.cpu_count()} cores)",
-            "commit": commit(),
+            "device": here["device"],
+            "commit": here["commit"],
         }
         path = options.keep / "overhead-cpu.json"
         options.keep.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+        atomic_write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
         print(f"wrote {path}")
 
 

@@ -19,7 +19,10 @@ import torch
 import tyro
 
 from common import cli
-from common.run import read_json
+from common.encoders import CIFAR
+from common.errors import UserError
+from common.files import read_json
+from eval.compare import encoder_of
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,12 @@ class Job:
     seed: int = 1
     arch: str = "resnet18"
     batch_size: int = 512
-    supervised: bool = False  # judge the supervised twin of this run instead
+    supervised: bool = False  # judge the supervised baseline of this run instead
     flags: tuple[str, ...] = ("--precision", "bf16")
 
     @property
     def run(self) -> str:
-        """The run's name; a supervised twin is judged beside the run that it twins."""
+        """The run's name; a supervised baseline is judged beside its run."""
         arch = self.arch.replace("resnet", "r")
         return f"{self.method}-{self.recipe}-{arch}-{self.epochs}ep-seed{self.seed}"
 
@@ -72,8 +75,8 @@ class Job:
         run = str(folder)
         if self.supervised:  # weight decay and rate that are usual for ResNets on CIFAR-10
             usual = ["--batch-size", "128", "--base-lr", "0.2", "--weight-decay", "5e-4"]
-            twin = ["eval.finetune", run, "--weights", "random", "--epochs", str(self.epochs)]
-            return {("finetune-100-simclr", "random"): [*twin, *usual]}
+            baseline = ["eval.finetune", run, "--weights", "random", "--epochs", str(self.epochs)]
+            return {("finetune-100-simclr", "random"): [*baseline, *usual]}
         found = {("knn200", "encoder"): ["eval.knn", run, "--k", "200"]}
         if self.method == "moco":
             found["knn200-output", "encoder"] = ["eval.knn", run, "--k", "200", "--layer", "-1"]
@@ -109,11 +112,11 @@ def is_there(rows: list[dict[str, Any]], job: Job, protocol: str, subject: str) 
     return any(
         row.get("method") == job.method
         and row.get("recipe") == job.recipe
-        and row.get("arch") == job.arch
         and row.get("seed") == job.seed
         and abs(row["epochs"] - job.epochs) <= 0.01 * job.epochs
         and row["protocol"] == protocol
         and row["subject"] == subject
+        and encoder_of(row).removesuffix(CIFAR) == job.arch
         for row in rows
         if row.get("protocol")
     )
@@ -171,11 +174,11 @@ def work(job: Job, settings: Settings, deadline: float) -> bool:
 def main() -> None:
     settings = tyro.cli(Settings, prog="results_gpu.py", description=__doc__)
     if not (settings.cpu or torch.cuda.is_available()):
-        raise cli.UserError("no GPU: these rows are measured on one; --cpu to go on without")
+        raise UserError("no GPU: these rows are measured on one; --cpu to go on without")
     jobs = [job for job in QUEUE if settings.only in job.name]
     if not jobs:
         names = ", ".join(job.name for job in QUEUE)
-        raise cli.UserError(f"--only {settings.only}: none of {names}")
+        raise UserError(f"--only {settings.only}: none of {names}")
     budget = settings.budget_minutes * 60 or float("inf")
     deadline = time.monotonic() + min(budget, 1e9)
     done = []

@@ -184,22 +184,22 @@ def repeat(row: str, function: Callable[[], object]) -> Callable[[], None]:
 
 
 def ours(folder: Path) -> tuple[dict[str, list], Rows]:
-    from byol import config as byol_config
     from byol.model import Online, Target, ema_
-    from common.data import Images
-    from common.views import Pairs
+    from common import encoders
+    from common.data import ImageSplit
+    from common.views import ViewPairs
     from eval.knn import predict
     from eval.linear import MOCO, Probe
     from simclr.config import CIFAR10, IMAGENET_100
     from simclr.loss import nt_xent
     from simclr.model import SimCLR
-    from simclr.optim import LARS, parameter_groups
+    from simclr.optim import lars
 
     images = load(folder)
     arrays = torch.from_numpy(np.stack(images[SMALL])).permute(0, 3, 1, 2).contiguous()
     sources = {
-        SMALL: Images("small", arrays, store=arrays),
-        LARGE: Images("large", images[LARGE]),
+        SMALL: ImageSplit("small", arrays, store=arrays),
+        LARGE: ImageSplit("large", images[LARGE]),
     }
     rows: Rows = {}
     views = {}
@@ -207,7 +207,7 @@ def ours(folder: Path) -> tuple[dict[str, list], Rows]:
     for row, settings in VIEWS.items():
         transform = v2.Compose([*to_float, *composition(**settings).transforms])
         views[row] = described(transform.transforms)
-        pairs = Pairs(
+        pairs = ViewPairs(
             sources[row],
             (transform, transform),
             batch_size=BATCH[row],
@@ -221,13 +221,13 @@ def ours(folder: Path) -> tuple[dict[str, list], Rows]:
 
     def build(row: str) -> tuple:
         cfg = CIFAR10 if row == R18 else IMAGENET_100
-        model = SimCLR(cfg).to(DEVICE, memory_format=torch.channels_last)
-        optimizer = LARS(parameter_groups(model, cfg.weight_decay), cfg.momentum)
-        return model, lambda z1, z2: nt_xent(z1, z2, cfg.temperature)[0], optimizer
+        network = encoders.build(encoders.full_name(cfg.arch, cfg.stem))
+        model = SimCLR(network, cfg.head_layers, cfg.head_dim)
+        model.to(DEVICE, memory_format=torch.channels_last)
+        return model, lambda z1, z2: nt_xent(z1, z2, cfg.temperature)[0], lars(model, cfg)
 
     rows |= training(build)
-    cfg = byol_config.CIFAR10
-    online = Online(cfg).to(DEVICE)
+    online = Online(encoders.build("resnet18-cifar")).to(DEVICE)
     target = Target(online)
     rows[EMA] = repeat(EMA, lambda: ema_(target, online, 0.99))
     batch, labels = features(512)

@@ -28,10 +28,11 @@ JUDGES = {"eval.knn": eval.knn, "eval.linear": eval.linear, "eval.finetune": eva
 
 
 def parsed(command):
-    """(method, config) of a pretraining command, as the command itself reads it."""
-    module = PRETRAIN[command[0].removesuffix(".pretrain")]
-    _, cfg = cli.parse(module.Config, module.RECIPES, command[1:], command[0])
-    return module, cfg
+    """(method, config, the run's) of a pretraining command, as the command itself reads it."""
+    name, argv = command[0].removesuffix(".pretrain"), command[1:]
+    module = PRETRAIN[name]
+    _, cfg, run_cfg = cli.parse(name, module.Config, module.RECIPES, argv)
+    return module, cfg, run_cfg
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -40,12 +41,12 @@ def parsed(command):
 def test_every_command_of_the_queue_is_one():
     assert len({job.name for job in QUEUE}) == len(QUEUE)
     for job in QUEUE:
-        module, cfg = parsed(job.pretraining("SOURCE", Path("RUN")))
-        assert (cfg.epochs, cfg.seed, cfg.precision) == (job.epochs, job.seed, "bf16")
+        module, cfg, run_cfg = parsed(job.pretraining("demo", Path("RUN")))
+        assert (cfg.epochs, run_cfg.seed, run_cfg.precision) == (job.epochs, job.seed, "bf16")
         assert (cfg.arch, cfg.batch_size) == (job.arch, job.batch_size)
         if module is simclr.pretrain or (job.arch == "resnet18" and module is moco.pretrain):
-            assert cfg.arch == module.RECIPES[job.recipe].arch
-            assert cfg.batch_size == module.RECIPES[job.recipe].batch_size
+            recipe, _ = module.RECIPES[job.recipe]
+            assert (cfg.arch, cfg.batch_size) == (recipe.arch, recipe.batch_size)
         for name, *words in job.judgements(Path("RUN")).values():
             tyro.cli(JUDGES[name].Settings, args=words)
 
@@ -80,7 +81,8 @@ def played(tmp_path, monkeypatch):
                         by = known.get(protocol, "eval.linear" if "linear" in protocol else "")
                         if by and by != done[-2]:
                             continue
-                        row = {"method": job.method, "recipe": job.recipe, "arch": job.arch}
+                        row = {"method": job.method, "recipe": job.recipe}
+                        row |= {"encoder": f"{job.arch}-cifar"}
                         row |= {"seed": job.seed, "epochs": job.epochs + 0.01}
                         row |= {"protocol": protocol, "subject": subject}
                         name = f"{job.name}-{protocol}.json"
@@ -109,6 +111,21 @@ def test_what_is_there_is_not_measured_again(played):
     assert rest[0] == "moco.pretrain"  # the oldest missing row
     assert sum(name.endswith(".pretrain") for name in rest) == len(QUEUE) - 2
     assert call() == []
+
+
+def test_a_row_of_an_older_record_is_there():
+    job, key = QUEUE[0], ("knn200", "encoder")
+    row = {
+        "method": "simclr",
+        "recipe": "cifar10",
+        "seed": 1,
+        "epochs": 200.2,
+        "subject": "encoder",
+    }
+    row |= {"protocol": "knn200", "arch": "resnet18", "stem": "cifar"}
+    pixels = row | {"subject": "pixels", "encoder": None}
+    assert results_gpu.is_there([{"kind": "measurement"}, pixels, row], job, *key)
+    assert not results_gpu.is_there([pixels, row | {"arch": "resnet50"}], job, *key)
 
 
 def test_a_failure_does_not_stop_the_queue(played, capsys):
@@ -183,13 +200,13 @@ def test_the_queue_for_real_on_a_small_scale(tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", gpu_speed.CASES, ids=lambda case: case.name)
 def test_every_case_takes_the_steps_asked_for(case):
     settings = gpu_speed.Settings(steps=100, out="OUT")
-    command = gpu_speed.command_of(case, "SOURCE", 8192, settings)
-    module, cfg = parsed(command)
+    command = gpu_speed.command_of(case, "demo", 8192, settings)
+    module, cfg, run_cfg = parsed(command)
     steps = module.total_steps(cfg, 8192)
     assert abs(steps - 100 * case.share) <= 1
-    assert cfg.batch_size == case.batch_size and cfg.precision == "bf16"
+    assert cfg.batch_size == case.batch_size and run_cfg.precision == "bf16"
     if case.extrapolated:  # eight of these are the paper's batch
-        assert case.batch_size * gpu_speed.GPUS == module.RECIPES[case.recipe].batch_size
+        assert case.batch_size * gpu_speed.GPUS == module.RECIPES[case.recipe][0].batch_size
 
 
 def test_generated_images_have_the_sizes_of_imagenet(tmp_path):

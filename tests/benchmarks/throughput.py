@@ -8,7 +8,8 @@ images, encoder, batch and precision, and run the same operations with the same 
 is checked. The figures are medians over the rounds. It prints and judges nothing.
 
 lightly comes from the package registry into an environment of its own, build/lightly, that sees
-this one's torch and torchvision: both sides run on the same.
+this one's torch and torchvision: both sides run on the same. The images are those of the folder
+that SSL_TEST_IMAGES names: CIFAR-10 as JPEGs in cifar10-jpeg, photographs in clothing/train.
 """
 
 import argparse
@@ -29,9 +30,11 @@ import torchvision
 
 from common import cli
 from common.data import open_images
+from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD, DATA = ROOT / "build", ROOT.parent / "shared" / "data"
+BUILD = ROOT / "build"
+DATA = Path(os.environ.get("SSL_TEST_IMAGES") or ROOT.parent / "shared" / "data")  # real images
 ROUNDS = 5
 
 
@@ -82,7 +85,7 @@ class Side:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise cli.UserError(f"bench: the side {self.name} failed (see above)")
+            raise UserError(f"bench: the side {self.name} failed (see above)")
         return json.loads(line)
 
     def seconds(self, row: str) -> float:
@@ -108,18 +111,21 @@ def lightly_python() -> str:
             subprocess.run([python, "-m", "pip", "install", "-q", "lightly"], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             command = shlex.join([str(python), "-m", "pip", "install", "lightly"])
-            raise cli.UserError(f"bench: lightly cannot be installed; try: {command}") from error
+            raise UserError(f"bench: lightly cannot be installed; try: {command}") from error
         ready.touch()
     return str(python)
 
 
 def lay_down_images() -> None:
     """Decoded CIFAR-10 images and paths of photographs, the same for all sides."""
+    for name in ("cifar10-jpeg", "clothing"):
+        if not (DATA / name).exists():
+            raise UserError(f"{DATA / name}: not there; SSL_TEST_IMAGES names the folder of images")
     small = open_images(str(DATA / "cifar10-jpeg"))
     folder = DATA / "clothing" / "train"
     large = sorted(str(path) for path in folder.rglob("*.jpg"))
     if len(large) < sides.ROWS[sides.LARGE][0]:
-        raise cli.UserError(f"{folder}: too few photographs in it")
+        raise UserError(f"{folder}: too few photographs in it")
     (BUILD / "bench").mkdir(parents=True, exist_ok=True)
     count = sides.ROWS[sides.SMALL][0]
     decoded = torch.stack([small.decode_near(i)[1] for i in range(count)])

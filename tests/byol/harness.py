@@ -1,83 +1,58 @@
-"""`byol.pretrain.main` itself on given images and weights, with everything recorded."""
+"""`byol.pretrain.train` on given networks and views, with everything recorded."""
 
-import contextlib
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
-from unittest import mock
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
 
-from byol import pretrain
-from common.run import Run
+from byol.config import Config
+from byol.model import Online, Target, globalize
+from byol.optim import lars
+from byol.pretrain import train
 
 
 @dataclass
 class Recording:
     """What a run did: at each step the loss, and the rate of every parameter group."""
 
-    losses: list[torch.Tensor] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
     rates: list[list[float]] = field(default_factory=list)
 
 
-def play(argv, network, views, count, start: Callable, observe: Callable) -> Recording:
-    """Run `main` with `argv` around the online `network`, for as many steps as there are views.
+def play(
+    cfg: Config,
+    count: int,
+    network: Online,
+    start: Callable[[Online, Target], None],
+    steps: Iterable[tuple[int, tuple[Tensor, Tensor]]],
+    observe: Callable[[Online, Target, torch.optim.Optimizer], None],
+    loop: Callable[..., None] = train,
+) -> Recording:
+    """Train the online `network`.
 
     Args:
-        views: (view1, view2) for each step, (B, 3, H, W) each, of this process.
         count: images in an epoch.
-        start: called with what a checkpoint holds (online, target, optimizer), to set weights.
-        observe: called with the same before the first step and after every one.
+        start: sets the weights of both networks.
+        steps: (step, (view1, view2)) for each step, (B, 3, H, W) each, of this process.
+        observe: called before the first step and after every one.
     """
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True)
+    globalize(network)
+    target = Target(network)
+    start(network, target)
+    online, optimizer = accelerator.prepare(network, lars(network, cfg))
     record = Recording()
-    resume = Run.resume
 
-    class Images:
-        bad: ClassVar[dict] = {}
-        load = staticmethod(lambda memory_gb: "recorded images")
-        __len__ = staticmethod(lambda: count)
+    def end_step(step, views, embeddings, **metrics):
+        record.losses.append(metrics["loss"].detach())
+        record.rates.append([group["lr"] for group in optimizer.param_groups])
+        observe(network, target, optimizer)
 
-    def stream(images, transforms, cfg, accelerator, *, dtype):
-        def pairs(first, last):
-            return (tuple(view.to(dtype) for view in views[step]) for step in range(first, last))
-
-        pairs.images = images
-        return pairs
-
-    def started(run, parts):
-        assert set(parts) == {"online", "target", "optimizer"}
-        start(**parts)
-        observe(**parts)
-        resume(run, parts)
-
-    def log(run, step, **values):
-        if "loss" in values:
-            record.losses.append(values["loss"])
-
-    def save(run, step, parts):
-        record.rates.append([group["lr"] for group in parts["optimizer"].param_groups])
-        assert step == len(record.rates) == len(record.losses)
-        observe(**parts)
-
-    always = ["--save-every", "1e-6", "--log-every", "1", "--knn-every", "0"]
-    with contextlib.ExitStack() as stack:
-        replaced = {
-            "open_images": lambda *_, **__: Images(),
-            "total_steps": lambda *_: len(views),
-            "Online": lambda cfg: network,
-        }
-        for name, value in replaced.items():
-            stack.enter_context(mock.patch.object(pretrain, name, value))
-        stack.enter_context(mock.patch.object(pretrain.Pairs, "of_run", stream))
-        methods = {"resume": started, "log": log, "save": save}
-        methods |= dict.fromkeys(["export", "log_views", "finish"], nothing)
-        for name, value in methods.items():
-            stack.enter_context(mock.patch.object(Run, name, value))
-        stack.enter_context(mock.patch.object(sys, "argv", ["byol.pretrain", *argv, *always]))
-        pretrain.main()
+    observe(network, target, optimizer)
+    loop(cfg, count, accelerator, online, target, optimizer, steps, end_step)
     return record
-
-
-def nothing(*_, **__) -> None:
-    pass

@@ -10,18 +10,17 @@ import torch
 from torch import nn
 
 from byol.config import (
-    CIFAR10,
     DEMO,
     IMAGENET_100,
     IMAGENET_1000,
     IMAGENET_B512,
-    IMAGENET_GNWS,
     IMAGENETTE,
     RECIPES,
     Config,
 )
-from byol.model import Online
-from byol.optim import ETA, LARS, lr_at, parameter_groups, tau_at, total_steps
+from byol.model import Online, group_norm_weight_standardised
+from byol.optim import ETA, LARS, lars, lr_at, parameter_groups, tau_at, total_steps
+from common import encoders
 from tests.helpers import golden, rel
 
 IMAGENET = 1_281_167  # training images
@@ -49,7 +48,7 @@ def run_lars(run, dtype):
         {
             "params": [params[p] for p in PARAMETERS if flags[p] == flag],
             "weight_decay": decay if flag else 0.0,
-            "adapt": flag,
+            "lars_adaptation": flag,
         }
         for flag in (True, False)
     ]
@@ -95,13 +94,13 @@ def test_golden_runs_are_there():
     assert len(PRESENT) >= 2
 
 
-def scalar_lars(w, grads, rates, decay, adapt, momentum=0.9, eta=0.001):
+def scalar_lars(w, grads, rates, decay, lars_adaptation, momentum=0.9, eta=0.001):
     """optimizers.py:84-188 over Python floats: decay, trust, momentum, and then the rate."""
     v = [0.0] * len(w)
     for grad, lr in zip(grads, rates, strict=True):
         g = [gi + decay * wi for gi, wi in zip(grad, w, strict=True)]
         trust = 1.0
-        if adapt:
+        if lars_adaptation:
             w_norm, g_norm = math.hypot(*w), math.hypot(*g)
             trust = eta * w_norm / g_norm if w_norm > 0 and g_norm > 0 else 1.0
         v = [momentum * vi + trust * gi for vi, gi in zip(v, g, strict=True)]
@@ -109,9 +108,9 @@ def scalar_lars(w, grads, rates, decay, adapt, momentum=0.9, eta=0.001):
     return w
 
 
-def our_lars(w, grads, rates, decay, adapt, momentum=0.9, eta=0.001):
+def our_lars(w, grads, rates, decay, lars_adaptation, momentum=0.9, eta=0.001):
     param = nn.Parameter(torch.tensor(w, dtype=torch.float64))
-    group = {"params": [param], "weight_decay": decay, "adapt": adapt}
+    group = {"params": [param], "weight_decay": decay, "lars_adaptation": lars_adaptation}
     optimizer = LARS([group], momentum, eta)
     for grad, lr in zip(grads, rates, strict=True):
         param.grad = torch.tensor(grad, dtype=torch.float64)
@@ -120,15 +119,15 @@ def our_lars(w, grads, rates, decay, adapt, momentum=0.9, eta=0.001):
     return param.tolist()
 
 
-@pytest.mark.parametrize("adapt", [True, False])
+@pytest.mark.parametrize("lars_adaptation", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 1e-6, 0.1])
 @pytest.mark.parametrize("momentum, eta", [(0.9, 0.001), (0.5, 0.02)])
-def test_scalar_transcription(adapt, decay, momentum, eta):
+def test_scalar_transcription(lars_adaptation, decay, momentum, eta):
     generator = torch.Generator().manual_seed(0)
     w, *grads = torch.randn(21, 5, dtype=torch.float64, generator=generator).tolist()
     rates = [0.3 * step / 10 if step < 10 else 0.3 * (20 - step) / 10 for step in range(20)]
-    expected = scalar_lars(w, grads, rates, decay, adapt, momentum, eta)
-    ours = our_lars(w, grads, rates, decay, adapt, momentum, eta)
+    expected = scalar_lars(w, grads, rates, decay, lars_adaptation, momentum, eta)
+    ours = our_lars(w, grads, rates, decay, lars_adaptation, momentum, eta)
     assert ours == pytest.approx(expected, rel=1e-12)
 
 
@@ -163,7 +162,7 @@ def test_a_zero_norm_gives_trust_one(w, grad, decay):
 
 def test_parameters_without_gradient_stay():
     a, b = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
-    optimizer = LARS([{"params": [a, b], "weight_decay": 0.1, "adapt": True, "lr": 1.0}])
+    optimizer = LARS([{"params": [a, b], "weight_decay": 0.1, "lars_adaptation": True, "lr": 1.0}])
     a.grad = torch.ones(2, 2)
     optimizer.step()
     assert not torch.equal(a, torch.ones(2, 2)) and torch.equal(b, torch.ones(2, 2))
@@ -201,26 +200,36 @@ def test_state_survives_a_checkpoint():
 # ---- parameter groups ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [DEMO, CIFAR10, IMAGENET_1000, IMAGENET_GNWS], ids=lambda c: c.arch)
-def test_parameter_groups(cfg):
-    online = Online(cfg)
-    adapted, plain = parameter_groups(online, cfg.weight_decay)
-    assert (adapted["weight_decay"], adapted["adapt"]) == (cfg.weight_decay, True)
-    assert (plain["weight_decay"], plain["adapt"]) == (0.0, False)
-    weights, others = [], []
-    for module in online.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            weights.append(module.weight)
-            others += [] if module.bias is None else [module.bias]
-        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm):
-            others += [module.weight, module.bias]
+@pytest.mark.parametrize("norm", ["bn", "gn+ws"])
+@pytest.mark.parametrize("arch", ["demo", "resnet18-cifar", "resnet50"])
+def test_settings_of_the_optimizer_of_a_run(arch, norm):
+    """Four groups: weights and the rest of f and g, then of q, each parameter in one of them."""
+    online = Online(encoders.build(arch, image_size=32), 32, 16)
+    if norm == "gn+ws":
+        group_norm_weight_standardised(online)
+    cfg = replace(DEMO, weight_decay=1e-3, momentum=0.8, predictor_lr=30.0)
+    optimizer = lars(online, cfg)
+    expected = [(1e-3, True, 1.0), (0.0, False, 1.0), (1e-3, True, 30.0), (0.0, False, 30.0)]
+    keys = ("weight_decay", "lars_adaptation", "lr_multiplier")
+    assert [tuple(group[key] for key in keys) for group in optimizer.param_groups] == expected
+    assert {(group["momentum"], group["eta"]) for group in optimizer.param_groups} == {(0.8, 0.001)}
+    found = []
+    for network in (nn.ModuleList([online.encoder, online.projector]), online.predictor):
+        weights, others = [], []
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                weights.append(module.weight)
+                others += [] if module.bias is None else [module.bias]
+            elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm):
+                others += [module.weight, module.bias]
+        found += [weights, others]
+    ids = [sorted(map(id, group["params"])) for group in optimizer.param_groups]
+    assert ids == [sorted(map(id, params)) for params in found]
+    assert sorted(i for group in ids for i in group) == sorted(map(id, online.parameters()))
 
-    def identities(params):
-        return sorted(map(id, params))
-
-    assert identities(adapted["params"]) == identities(weights)
-    assert identities(plain["params"]) == identities(others)
-    assert identities(adapted["params"] + plain["params"]) == identities(online.parameters())
+    plain = lars(online, replace(cfg, optimizer="sgd")).param_groups
+    assert [group["lars_adaptation"] for group in plain] == [False] * 4
+    assert [group["weight_decay"] for group in plain] == [1e-3, 0.0, 1e-3, 0.0]
 
 
 def test_groups_are_the_official_exclusions():
@@ -258,7 +267,7 @@ def test_without_adaptation_it_is_sgd():
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
     theirs = copy.deepcopy(ours)
-    optimizer = LARS(parameter_groups(ours, 0.1, adapt=False), momentum=0.9)
+    optimizer = LARS(parameter_groups(ours, 0.1, lars_adaptation=False), momentum=0.9)
     weight, *others = theirs.parameters()
     groups = [{"params": [weight], "weight_decay": 0.1}, {"params": others}]
     reference = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
@@ -346,7 +355,7 @@ def test_tau_at_both_ends_and_in_the_middle():
 
 
 def test_peaks_of_the_recipes():
-    assert max(cfg.base_lr * cfg.batch_size / 256 for cfg in RECIPES.values()) <= 16
+    assert max(cfg.base_lr * cfg.batch_size / 256 for cfg, _ in RECIPES.values()) <= 16
     assert IMAGENET_1000.base_lr * IMAGENET_1000.batch_size / 256 == pytest.approx(3.2)  # Sec. 3.3
     assert IMAGENET_B512.base_lr * IMAGENET_B512.batch_size / 256 == pytest.approx(0.8)  # App. G
     assert IMAGENETTE.base_lr * IMAGENETTE.batch_size / 256 == pytest.approx(2.0)  # README

@@ -1,7 +1,8 @@
 """Five updates of the official BYOL on a small ResNet: loss, online and target after each.
 
 The network is rebuilt here (Haiku pads as TensorFlow's "SAME" does); heads, target, loss,
-optimiser, schedules, moving average and the loop around them are byol's: `byol.pretrain.main`.
+optimiser, schedules, moving average and the loop that joins them are byol's:
+`byol.pretrain.train`.
 """
 
 import os
@@ -23,16 +24,15 @@ from tests.helpers import golden, rel, run_processes
 
 STEPS, BATCH, SIZE = 5, 8, 24
 COUNT = 20 * BATCH  # 20 steps in all, of which 2 warm up
-CHANGED = {
-    "batch_size": BATCH,
-    "epochs": 1,
-    "warmup_epochs": 0.1,
-    "base_lr": 64.0,
-    "weight_decay": 1.5e-6,
-    "tau_base": 0.9,
-}
-SETTINGS = replace(DEMO, **CHANGED)
-FLAGS = [w for k, v in CHANGED.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+SETTINGS = replace(
+    DEMO,
+    batch_size=BATCH,
+    epochs=1,
+    warmup_epochs=0.1,
+    base_lr=64.0,
+    weight_decay=1.5e-6,
+    tau_base=0.9,
+)
 LOSS_F64, NORM_F64 = 3e-8, 1e-7  # measured: 3e-9 and 2e-8, both after the fifth update
 VALUES = {0: 1e-6, 1: 2e-4, 2: 4e-4, 3: 1e-5, 4: 4e-4}  # 5 to 10 times measured; float32 drifts
 BEFORE_NORM = ("projector/linear/b", "predictor/linear/b")  # their gradients are rounding noise
@@ -79,6 +79,7 @@ class Block(nn.Module):
 class TinyResNet(nn.Module):
     def __init__(self):
         super().__init__()
+        self.num_features = 8
         self.initial_conv, self.initial_batchnorm = Conv(3, 64, 7, 2), nn.BatchNorm2d(64)
         for i, (before, stride) in enumerate([(64, 1), (8, 2), (8, 2), (8, 2)]):
             setattr(self, f"block_group_{i}", Block(before, 8, stride))
@@ -164,16 +165,15 @@ def views(step):
 # ---- the updates ---------------------------------------------------------------------------------
 
 
-def trajectory(rank, world, precision, out):
+def trajectory(rank, world, dtype):
     """Five updates on this process's share of each batch, recorded after each."""
     # Accelerate wants to see these although the processes are linked already
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", LOCAL_WORLD_SIZE=str(world))
-    network = Online(SETTINGS)
-    network.encoder = TinyResNet()
+    network = Online(TinyResNet())
     network.projector, network.predictor = mlp(8, 12, 6), mlp(6, 10, 6)
     seen = {"online": [], "target": [], "momentum": []}
 
-    def start(online, target, optimizer):
+    def start(online, target):
         set_weights(online, "byol/w")
         set_weights(target, "byol/wt")
 
@@ -189,19 +189,17 @@ def trajectory(rank, world, precision, out):
                 {n: official_layout(value(ours_of(module, n)), n).clone() for n in names(module)}
             )
 
-    mine = [[view.chunk(world)[rank] for view in views(step)] for step in range(STEPS)]
-    argv = ["demo", "--precision", precision, "--processes", str(world), "--out", out, *FLAGS]
-    record = play(argv, network, mine, COUNT, start, observe)
+    mine = [[view.to(dtype).chunk(world)[rank] for view in views(step)] for step in range(STEPS)]
+    record = play(SETTINGS, COUNT, network.to(dtype), start, enumerate(mine), observe)
     return seen | {"loss": record.losses, "rates": record.rates}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs")
+def runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "environ", os.environ.copy())
-        alone = {p: trajectory(0, 1, p, str(out / p)) for p in ("fp32", "fp64")}
-    return alone | {"two processes": run_processes(trajectory, 2, "fp64", str(out / "two"))}
+        alone = {dtype: trajectory(0, 1, dtype) for dtype in (torch.float32, torch.float64)}
+    return alone | {"two processes": run_processes(trajectory, 2, torch.float64)}
 
 
 def test_settings_are_the_recorded_ones():
@@ -220,7 +218,7 @@ def test_settings_are_the_recorded_ones():
 def test_the_optimiser_has_the_recorded_rates(runs, processes):
     """Of every group, at every step."""
     theirs = golden("byol_step")["dev1_f64/logs/learning_rate"]
-    for run in [runs["fp64"]] if processes == 1 else runs["two processes"]:
+    for run in [runs[torch.float64]] if processes == 1 else runs["two processes"]:
         assert rel(run["rates"], np.stack([theirs[:STEPS]] * 4, axis=1)) < 1e-7
 
 
@@ -233,7 +231,7 @@ def norms(recorded, network_names):
 def test_double_precision(runs, processes):
     """The official run with jax's x64, but for its learning rates, which are float32."""
     data = golden("byol_step")
-    every = [runs["fp64"]] if processes == 1 else runs["two processes"]
+    every = [runs[torch.float64]] if processes == 1 else runs["two processes"]
     loss = torch.stack([torch.stack(run["loss"]) for run in every]).mean(0)
     assert rel(loss, data["dev1_f64/logs/repr_loss"]) < LOSS_F64
     order = {name: i for i, name in enumerate(official_names())}
@@ -249,12 +247,12 @@ def test_double_precision(runs, processes):
     assert compared == processes * (47 + 43 + 47)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-def test_single_precision(runs, precision):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_single_precision(runs, dtype):
     """The recorded float32 run: losses within five times its own distance from float64."""
     data = golden("byol_step")
     tolerance = 5 * np.array([2e-6, 1e-5, 7e-5, 4e-4, 6e-4])  # tests/golden/README.md
-    ours = torch.stack(runs[precision]["loss"]).double().numpy()
+    ours = torch.stack(runs[dtype]["loss"]).double().numpy()
     assert (np.abs(ours - data["dev1/logs/repr_loss"]) < tolerance).all()
 
 
@@ -262,10 +260,10 @@ def test_values_before_and_after(runs):
     """Element by element: before, and after the first updates, of the recorded float32 run."""
     data, compared = golden("byol_step"), 0
     for key in ("online", "target", "momentum"):
-        for name in runs["fp64"][key][0]:
+        for name in runs[torch.float64][key][0]:
             if name in BEFORE_NORM:
                 continue
-            after = [run[name] for run in runs["fp64"][key]]
+            after = [run[name] for run in runs[torch.float64][key]]
             for stored, moments in ((name, (0, 1, 2, 5)), (f"{name}/first64", range(6))):
                 if f"dev1/{key}/{stored}" not in data:
                     continue
@@ -282,7 +280,7 @@ def test_values_before_and_after(runs):
 
 def test_the_target_follows_after_the_step(runs):
     """target == tau * old target + (1 - tau) * online after the step."""
-    run = runs["fp64"]
+    run = runs[torch.float64]
     for step in range(STEPS):
         tau = tau_at(step, SETTINGS, COUNT)
         for name, old in run["target"][step].items():
@@ -295,6 +293,6 @@ def test_the_target_follows_after_the_step(runs):
 def test_two_processes_are_one(runs):
     for run in runs["two processes"]:
         for key in ("online", "target", "momentum"):
-            for name, theirs in runs["fp64"][key][-1].items():
+            for name, theirs in runs[torch.float64][key][-1].items():
                 if name not in BEFORE_NORM:
                     assert rel(run[key][-1][name], theirs) < 1e-10, (key, name)

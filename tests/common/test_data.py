@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 
 from common import data
-from common.cli import UserError
 from common.data import (
     MAX_SIDE,
-    Images,
+    ImageSplit,
     batch_indices,
     decode,
     epoch_order,
@@ -28,6 +27,7 @@ from common.data import (
     open_train_test,
     open_validation,
 )
+from common.errors import UserError
 
 REAL = Path(os.environ.get("SSL_DATA", Path(__file__).parents[2] / "../shared/data"))
 
@@ -152,7 +152,7 @@ def test_without_a_test_folder_every_fifth_image_is_held_out(tmp_path):
 
 def labelled(labels):
     count, classes = len(labels), tuple("abcdefgh"[: max(labels) + 1])
-    return Images("x", torch.arange(count), torch.tensor(labels), classes)
+    return ImageSplit("x", torch.arange(count), torch.tensor(labels), classes)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_where_no_image_can_be_held_out():
     with pytest.raises(UserError, match="x: one image of each class"):
         hold_out_fifth(labelled([0, 1, 2]))
     with pytest.raises(UserError, match="none can be held out"):
-        hold_out_fifth(Images("x", torch.arange(1), torch.ones(1, 2, dtype=torch.bool)))
+        hold_out_fifth(ImageSplit("x", torch.arange(1), torch.ones(1, 2, dtype=torch.bool)))
 
 
 def test_a_test_folder_without_a_train_folder_is_refused(tmp_path):
@@ -404,8 +404,8 @@ def test_several_image_columns_name_the_flag(tmp_path):
 
 def test_columns_that_will_not_do(tmp_path):
     columns = {"image": ENCODED, "label": LABELS, "labels": [[1, 2]] * 6}
-    several = datasets.Sequence(datasets.Value("int64"))
-    path = parquet(tmp_path / "a.parquet", columns, labels=several)
+    multilabel = datasets.Sequence(datasets.Value("int64"))
+    path = parquet(tmp_path / "a.parquet", columns, labels=multilabel)
     for names, line in (
         ({"image_column": "img"}, "no column 'img'; it has image, label, labels"),
         ({"label_column": "y"}, "no column 'y'; it has image, label, labels"),
@@ -433,7 +433,7 @@ def test_several_labels_of_an_image(tmp_path):
             assert {places[names.names[v]] for v in own} == set(row.nonzero()[:, 0].tolist())
         with pytest.raises(UserError, match="images have several labels"):
             open_labelled(path)
-        train, test = open_labelled(path, several=True)
+        train, test = open_labelled(path, multilabel=True)
         assert test is None and torch.equal(train.labels, images.labels)
         kept, held_out = hold_out_fifth(train)
         assert kept.labels.shape == (5, 3) and held_out.labels.tolist() == [
@@ -445,7 +445,7 @@ def test_several_labels_of_an_image(tmp_path):
     none = {"image": ENCODED, "labels": [[]] * 6}
     path = parquet(tmp_path / "d.parquet", none, labels=datasets.Sequence(names))
     with pytest.raises(UserError, match="no image has a label"):
-        open_labelled(path, several=True)
+        open_labelled(path, multilabel=True)
 
 
 def test_labels_may_be_missing_and_may_be_named(tmp_path):
@@ -637,7 +637,7 @@ def test_bad_images_are_counted_named_and_replaced_by_the_next_good_one(tmp_path
 
 
 def test_a_report_names_three_and_counts_the_rest():
-    images = Images("x", list(range(100)), bad={i: f"n{i}" for i in (5, 2, 9, 7, 30)})
+    images = ImageSplit("x", list(range(100)), bad={i: f"n{i}" for i in (5, 2, 9, 7, 30)})
     assert images.report_bad() == "5 undecodable images skipped: n2; n5; n7 and 2 more"
 
 

@@ -4,36 +4,37 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from common import demo
+from common import demo, encoders
 from common.data import open_train_test
-from common.views import Pairs
-from eval.encoder import Encoder, Input, Pixels, build_seeded
+from common.views import ViewPairs
+from eval.encoder import Encoder, Pixels, Preprocess, build_seeded
 from eval.features import extract
 from eval.finetune import Protocol, Settings, fine_tune
 from eval.knn import accuracy, predict
-from eval.linear import FEATURES, judged, run_probe
+from eval.linear import FEATURES, predictions, run_probe
 from eval.results import Subject
 from eval.unfinished import Unfinished
 from simclr import augment
 from simclr.config import DEMO
-from simclr.loss import nt_xent
-from simclr.model import SimCLR
-from simclr.optim import LARS, lr_at, parameter_groups, total_steps
+from simclr.model import SimCLR, init_weights
+from simclr.optim import lars, total_steps
+from simclr.pretrain import train as train_simclr
 
-GIVEN = Input.of(32)
+PREPROCESS = Preprocess.of(32)
 
 
 def knn(network: torch.nn.Module) -> float:
     train, test = open_train_test("demo")
-    bank, labels = extract(network.eval(), train, GIVEN)
-    queries, truth = extract(network.eval(), test, GIVEN)
+    bank, labels = extract(network.eval(), train, PREPROCESS)
+    queries, truth = extract(network.eval(), test, PREPROCESS)
     ranking, _ = predict(queries, bank, labels, classes=10, k=20, temperature=0.1)
     return accuracy(ranking, truth)
 
 
 def linear(network: torch.nn.Module) -> float:
-    subject = Subject(Encoder(network.eval(), GIVEN, "encoder"), "demo", {}, None, {}, "cpu")
+    subject = Subject(Encoder(network.eval(), PREPROCESS, "encoder"), "demo", {}, None, {}, "cpu")
     ranking, truth, _ = run_probe(
         subject, replace(FEATURES, epochs=20), 1, Unfinished(None, "", "")
     )
@@ -59,7 +60,7 @@ def test_splits_share_no_image():
 def test_pixels_and_a_random_encoder_know_little():
     assert knn(Pixels()) < 50
     assert linear(Pixels()) < 20
-    random = build_seeded({"arch": "demo", "stem": "imagenet"})
+    random = build_seeded({"encoder": "demo"}, PREPROCESS)
     assert knn(random) < 40
     assert linear(random) < 30
 
@@ -67,12 +68,12 @@ def test_pixels_and_a_random_encoder_know_little():
 @pytest.mark.slow
 def test_labels_tell_nearly_all():
     train, test = open_train_test("demo")
-    twin = Encoder(build_seeded({"arch": "demo", "stem": "imagenet"}), GIVEN, "random")
+    encoder = Encoder(build_seeded({"encoder": "demo"}, PREPROCESS), PREPROCESS, "random")
     protocol = Protocol("x", rates=(0.2,), epochs=(20,), batch_size=256)
     nothing = Unfinished(None, "", "")
-    model = fine_tune(twin, train, protocol, Settings(), "cpu", nothing, {})
-    judging = list(judged(model, test, GIVEN, torch.arange(len(test)), "cpu"))
-    hits = sum(int((logits.argmax(1) == labels).sum()) for logits, labels in judging)
+    model = fine_tune(encoder, train, protocol, Settings(), "cpu", nothing, {})
+    predicted = list(predictions(model, test, PREPROCESS, torch.arange(len(test)), "cpu"))
+    hits = sum(int((logits.argmax(1) == labels).sum()) for logits, labels in predicted)
     assert hits / len(test) > 0.95
 
 
@@ -80,26 +81,25 @@ def pretrained(shuffled: bool) -> torch.nn.Module:
     """SimCLR's demo recipe for a fifth of its length; `shuffled`: partners of other images."""
     cfg = replace(DEMO, epochs=8, warmup_epochs=0.8)
     train, _ = open_train_test("demo")
-    pairs = Pairs(train, augment.views(cfg), batch_size=cfg.batch_size, seed=1)
+    pairs = ViewPairs(train, augment.views(cfg), batch_size=cfg.batch_size, seed=1)
     torch.manual_seed(1)
-    model = SimCLR(cfg).to(memory_format=torch.channels_last)
-    optimizer = LARS(parameter_groups(model, cfg.weight_decay), cfg.momentum)
-    total = total_steps(cfg, len(train))
-    for step, (view1, view2) in enumerate(pairs(0, total)):
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg, len(train))
-        view2 = view2.roll(1, 0) if shuffled else view2
-        loss, _ = nt_xent(*model(view1, view2), cfg.temperature)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    model = SimCLR(encoders.build("demo"), cfg.head_layers, cfg.head_dim)
+    init_weights(model)
+    model.to(memory_format=torch.channels_last)
+    steps = (
+        (step, (view1, view2.roll(1, 0) if shuffled else view2))
+        for step, (view1, view2) in enumerate(pairs(0, total_steps(cfg, len(train))))
+    )
+    accelerator, optimizer = Accelerator(cpu=True), lars(model, cfg)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    train_simclr(cfg, len(train), accelerator, model, optimizer, steps, lambda *_, **__: None)
     return model.encoder
 
 
 @pytest.mark.slow
 def test_without_true_partners_the_gain_is_lost():
     true, false = linear(pretrained(shuffled=False)), linear(pretrained(shuffled=True))
-    random = linear(build_seeded({"arch": "demo", "stem": "imagenet"}))
+    random = linear(build_seeded({"encoder": "demo"}, PREPROCESS))
     print(f"linear Top-1: random {random:.1f}, shuffled {false:.1f}, SimCLR {true:.1f}")
     assert true - random > 25
     assert false - random < (true - random) / 3

@@ -1,25 +1,22 @@
-"""Tables whose columns have names of their own: what each command is told of them."""
+"""Tables whose columns have other names than usual: the flags that name them."""
 
 import io
-import json
-import sys
 
 import datasets
 import pytest
 from PIL import Image
-from safetensors.torch import save_file
 
 import eval.knn
 import eval.linear
 import eval.transfer
-from common.cli import UserError
-from common.run import read_json
-from eval.encoder import Input, build_seeded, metadata
+from common.files import read_json
+from tests import helpers
+from tests.eval.harness import save_run
 
 COMMANDS = {
-    "knn3": (eval.knn.main, "--k", "3"),
-    "linear-features": (eval.linear.main, "--protocol", "features", "--epochs", "1"),
-    "transfer-linear": (eval.transfer.main, "--iterations", "2"),
+    "knn3": (eval.knn, "--k", "3"),
+    "linear-features": (eval.linear, "--protocol", "features", "--epochs", "1"),
+    "transfer-linear": (eval.transfer, "--iterations", "2"),
 }
 
 
@@ -45,30 +42,30 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture
-def judged(tmp_path, monkeypatch):
+def judged(tmp_path):
     """A command on a run of the given config, to the records by their names."""
-    network = build_seeded({"arch": "demo", "stem": "imagenet"})
-    about = metadata("demo", "imagenet", Input.of(16), "") | {"method": "simclr"}
-    said = {key: json.dumps(value) for key, value in about.items()}
-    save_file(network.state_dict(), tmp_path / "encoder.safetensors", said)
 
     def call(config, protocol, *argv):
-        (tmp_path / "config.json").write_text(json.dumps({"config": config}))
-        main, *flags = COMMANDS[protocol]
-        monkeypatch.setattr(sys, "argv", ["prog", str(tmp_path), *flags, *argv])
-        main()
-        return {path.stem: read_json(path) for path in (tmp_path / "results").iterdir()}
+        run = tmp_path / config["label_column"]
+        if not run.exists():
+            save_run(run, **config)
+        module, *flags = COMMANDS[protocol]
+        helpers.evaluate(module, run, *flags, *argv)
+        return {path.stem: read_json(path) for path in (run / "results").iterdir()}
 
     return call
 
 
 @pytest.mark.parametrize("protocol", COMMANDS)
-def test_columns_of_another_source_are_named(judged, source, protocol):
+def test_columns_of_another_source_are_named(judged, source, protocol, capsys):
     config = {"data": "demo", "image_column": "img", "label_column": "fine"}  # not of this source
-    with pytest.raises(UserError, match=r"\(photo, mask\).*--image-column NAME"):
+    with pytest.raises(SystemExit):
         judged(config, protocol, "--data", source)
-    with pytest.raises(UserError, match=r"has no labels.*--label-column NAME"):
+    with pytest.raises(SystemExit):
         judged(config, protocol, "--data", source, "--image-column", "photo")
+    first, second = capsys.readouterr().err.splitlines()
+    assert "(photo, mask)" in first and "--image-column NAME" in first
+    assert "has no labels" in second and "--label-column NAME" in second
     columns = ("--image-column", "photo", "--label-column", "kind")
     ((name, row),) = judged(config, protocol, "--data", source, *columns).items()
     assert name.startswith(f"{protocol}-encoder-on-") and name.endswith("-photo-kind")

@@ -1,14 +1,16 @@
 """Tables of what was measured, beside what was published; RESULTS.md from its records."""
 
 import json
-import sys
+import shutil
 
 import pytest
 from PIL import Image
 
 import eval.compare as compare
-from common import cli
+from common.encoders import full_name
+from common.errors import UserError
 from eval.published import data_set
+from tests.helpers import ROOT, evaluate
 
 AT = {"commit": "abcdef123456", "device": "CPU (2 cores)", "processes": 1}
 
@@ -28,7 +30,8 @@ def judged(run, protocol, subject="encoder", top1=50.0, **other):
         "method": known["method"],
         "recipe": known["recipe"],
         "epochs": float(cfg["epochs"]),
-        **{key: cfg[key] for key in ("arch", "stem", "batch_size", "seed", "published")},
+        "encoder": full_name(cfg["arch"], cfg["stem"]),
+        **{key: cfg[key] for key in ("batch_size", "seed", "published")},
         "pretrained_at": AT["commit"],
         "seconds": 3.0,
         "judged": AT | {"command": f"python -m eval.knn {run}"},
@@ -69,10 +72,9 @@ def three(tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(capsys):
     def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["prog", *map(str, argv)])
-        cli.run(compare.main)
+        evaluate(compare, *argv)
         return capsys.readouterr().out
 
     return call
@@ -92,7 +94,7 @@ def cells(table):
 
 
 def test_one_table_for_all_methods(three):
-    table = compare.overview(compare.once(rows(*three))[0])
+    table = compare.overview(compare.without_repeats(rows(*three))[0])
     assert [line[0] for line in table] == [
         "Top-1 (%)",
         "raw pixels",
@@ -100,7 +102,7 @@ def test_one_table_for_all_methods(three):
         "SimCLR demo, 39 epochs",
         "MoCo demo, 39 epochs",
         "BYOL demo, 39 epochs",
-        "supervised twin",
+        "supervised baseline",
     ]
     found = cells(table)
     assert found["SimCLR demo, 39 epochs", "kNN (k 20)"] == "60.0 ± 1.7"
@@ -108,20 +110,24 @@ def test_one_table_for_all_methods(three):
     # the first run's baselines, each once
     assert found["raw pixels", "kNN (k 200)"] == "20.0 ± 1.7"
     assert found["random encoder", "linear (on features)"] == "30.0 ± 1.7"
-    assert found["supervised twin", "fine-tuned, all labels (SimCLR's protocol)"] == "95.0 ± 1.7"
+    assert (
+        found["supervised baseline", "fine-tuned, all labels (SimCLR's protocol)"] == "95.0 ± 1.7"
+    )
 
 
 def test_the_heads_output_is_a_column_of_its_own(three):
-    found = cells(compare.overview(compare.once(rows(*three))[0]))
+    found = cells(compare.overview(compare.without_repeats(rows(*three))[0]))
     assert found["MoCo demo, 39 epochs", "kNN (k 20)"] == "70.0 ± 1.7"
     assert found["MoCo demo, 39 epochs", "kNN (k 20) on the head's output"] == "55.0 ± 1.7"
     assert found["SimCLR demo, 39 epochs", "kNN (k 20) on the head's output"] == ""
 
 
 def test_whose_baselines_is_said_only_where_there_are_several(three):
-    note = compare.once(rows(*three))[1]
-    assert note.startswith("raw pixels, random encoder, supervised twin: as measured with simclr")
-    assert compare.once(rows(three[0])) == (rows(three[0]), "")
+    note = compare.without_repeats(rows(*three))[1]
+    assert note.startswith(
+        "raw pixels, random encoder, supervised baseline: as measured with simclr"
+    )
+    assert compare.without_repeats(rows(three[0])) == (rows(three[0]), "")
 
 
 def test_seeds_share_a_line(tmp_path):
@@ -143,7 +149,7 @@ def test_the_command_on_three_runs(three, command):
 
 
 def test_no_results_yet_is_one_line(tmp_path):
-    with pytest.raises(cli.UserError, match=r"first: python -m eval\.knn"):
+    with pytest.raises(UserError, match=r"first: python -m eval\.knn"):
         compare.rows_of(made(tmp_path / "run"))
 
 
@@ -163,8 +169,8 @@ CIFAR = {"data": "uoft-cs/cifar10", "arch": "resnet18", "stem": "cifar", "batch_
 NOTEBOOK = CIFAR | {"head": "linear", "views": "notebook", "symmetric": False}
 
 
-def held_against(folder, protocol, method, changed=(), **config):
-    """(figures that a measurement is held against, what it is said to differ in)."""
+def compared_with(folder, protocol, method, changed=(), **config):
+    """(figures that a measurement is compared with, what it differs in)."""
     run = made(folder, method, "cifar10", **config)
     judged(run, protocol, **dict(changed))
     (row,) = compare.rows_of(run)
@@ -183,15 +189,15 @@ def held_against(folder, protocol, method, changed=(), **config):
 )
 def test_the_row_of_the_same_epochs(tmp_path, epochs, published, differs):
     config = NOTEBOOK | {"epochs": epochs, "published": "moco-cifar10-asym-200"}
-    found = held_against(tmp_path / "run", "knn200-output", "moco", **config)
+    found = compared_with(tmp_path / "run", "knn200-output", "moco", **config)
     assert found == ([published], [differs])
 
 
 def test_the_variant_is_the_runs_and_not_the_recipes(tmp_path):
     config = NOTEBOOK | {"epochs": 400, "symmetric": True, "published": "moco-cifar10-asym-200"}
-    assert held_against(tmp_path / "run", "knn200-output", "moco", **config)[0] == [88.5]
+    assert compared_with(tmp_path / "run", "knn200-output", "moco", **config)[0] == [88.5]
     config |= {"epochs": 10, "views": "v2"}
-    found = held_against(tmp_path / "other", "knn200-output", "moco", **config)
+    found = compared_with(tmp_path / "other", "knn200-output", "moco", **config)
     said = "10 epochs, not 200; symmetric True, not False; views v2, not notebook"
     assert found == ([82.6], [said])
 
@@ -199,12 +205,12 @@ def test_the_variant_is_the_runs_and_not_the_recipes(tmp_path):
 def test_batch_network_stem_and_copies_are_said(tmp_path):
     config = CIFAR | {"epochs": 1000, "published": "simclr-cifar10-r18-1000"}
     config |= {"data": "../shared/cifar10-jpeg", "batch_size": 256, "stem": "imagenet"}
-    found = held_against(tmp_path / "run", "linear-simclr", "simclr", **config)
+    found = compared_with(tmp_path / "run", "linear-simclr", "simclr", **config)
     said = "batch 256, not 512; ImageNet stem; JPEG copy of the data"
     assert found == ([91.0], [f"{said}; no projection in the first shortcut"])
     config["arch"] = "resnet50"
     assert "ResNet-50, not ResNet-18" in str(
-        held_against(tmp_path / "r50", "linear-simclr", "simclr", **config)
+        compared_with(tmp_path / "r50", "linear-simclr", "simclr", **config)
     )
 
 
@@ -222,7 +228,7 @@ def test_batch_network_stem_and_copies_are_said(tmp_path):
 )
 def test_never_across_protocols_or_methods(tmp_path, protocol, method, key):
     config = NOTEBOOK | {"epochs": 1000, "published": key}
-    assert held_against(tmp_path / "run", protocol, method, **config) == ([], [])
+    assert compared_with(tmp_path / "run", protocol, method, **config) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -243,7 +249,7 @@ def test_never_across_data_sets(tmp_path, data, images, known):
     config |= {"head_layers": 2, "temperature": 0.1, "lr_scaling": "linear", "blur": 0.5}
     config |= {"published": "simclr-v1-r50-100"}
     changed = {"test_images": images}
-    found = held_against(tmp_path / "run", "linear-simclr", "simclr", changed, **config)
+    found = compared_with(tmp_path / "run", "linear-simclr", "simclr", changed, **config)
     assert found == (([64.5], ["nothing known"]) if known else ([], []))
 
 
@@ -269,10 +275,10 @@ def test_pretrained_elsewhere_is_another_figure(tmp_path):
     config = {"data": "ILSVRC/imagenet-1k", "arch": "resnet18", "stem": "cifar"}
     config |= {"batch_size": 512, "epochs": 1000, "published": "simclr-cifar10-r18-1000"}
     judged_on = {"data": "uoft-cs/cifar10"}
-    found = held_against(tmp_path / "a", "linear-simclr", "simclr", judged_on, **config)
+    found = compared_with(tmp_path / "a", "linear-simclr", "simclr", judged_on, **config)
     assert found == ([], [])
     config |= {"arch": "resnet50", "batch_size": 4096, "stem": "imagenet"}
-    found = held_against(tmp_path / "b", "transfer-linear", "simclr", judged_on, **config)
+    found = compared_with(tmp_path / "b", "transfer-linear", "simclr", judged_on, **config)
     assert found == ([90.6], ["nothing known"])
 
 
@@ -289,7 +295,7 @@ def test_transfer_by_the_measure_of_its_data_set(tmp_path, protocol, source, ima
     config = {"data": "ILSVRC/imagenet-1k", "arch": "resnet50", "stem": "imagenet"}
     config |= {"batch_size": 4096, "epochs": 1000, "published": "byol-r50-1000"}
     judged_on = {"data": source, "test_images": images}
-    found = held_against(tmp_path / "a", protocol, "byol", judged_on, **config)
+    found = compared_with(tmp_path / "a", protocol, "byol", judged_on, **config)
     assert found == (published, ["nothing known"] * len(published))
 
 
@@ -309,7 +315,7 @@ def test_labels_that_were_drawn_are_said(tmp_path):
         ]
     ):
         changed = {"test_images": 50_000, "labels": "ab12", **more}
-        found = held_against(tmp_path / f"run{i}", "finetune-1-byol", "byol", changed, **config)
+        found = compared_with(tmp_path / f"run{i}", "finetune-1-byol", "byol", changed, **config)
         assert found == ([53.2], [said])
 
 
@@ -343,7 +349,7 @@ def test_other_weights_in_a_runs_folder_are_kept(tmp_path, command):
     run = made(tmp_path / "run", "moco")
     judged(run, "knn20")
     other = dict.fromkeys(("method", "recipe", "epochs", "published"))
-    judged(run, "knn20", "torchvision:resnet50=w.pth", **other, arch="resnet50")
+    judged(run, "knn20", "torchvision:resnet50=w.pth", **other, encoder="resnet50")
     command(run, "--keep", tmp_path / "kept" / "results")
     assert len(list((tmp_path / "kept" / "results").iterdir())) == 2
     command("--results", tmp_path / "kept" / "results")
@@ -384,7 +390,7 @@ def test_the_table_beside_what_was_published(tmp_path, command):
     other = by_protocol["kNN (k 200)"]  # on features, as lightly's
     assert other["published"] == "84.7" and "best epoch on test" in other["source"]
     shown = command(run)
-    assert "-1.2" in shown and "not held against" not in shown
+    assert "-1.2" in shown and "not compared with" not in shown
 
 
 def test_a_figure_without_its_protocol_is_named_and_not_compared(tmp_path, command):
@@ -392,9 +398,9 @@ def test_a_figure_without_its_protocol_is_named_and_not_compared(tmp_path, comma
     run = made(tmp_path / "run", "simclr", "cifar10", **CIFAR, epochs=1000, **key)
     judged(run, "linear-features", top1=89.0)
     assert len(compare.beside_published(rows(run))) == 1
-    assert "not held against SimCLR's 91.0 (README-S): that is linear" in command(run)
+    assert "not compared with SimCLR's 91.0 (README-S): that is linear" in command(run)
     judged(run, "linear-simclr", top1=90.0)
-    assert "not held against" not in command(run)
+    assert "not compared with" not in command(run)
 
 
 # ---- kept results and RESULTS.md -----------------------------------------------------------------
@@ -415,11 +421,11 @@ def test_baselines_of_two_networks_are_two(tmp_path):
     for arch in ("resnet18", "resnet50"):
         judged(made(tmp_path / arch, arch=arch, out=arch), "knn20", "random")
         judged(tmp_path / arch, "knn20", "pixels")
-    found, note = compare.once(rows(tmp_path / "resnet18", tmp_path / "resnet50"))
+    found, note = compare.without_repeats(rows(tmp_path / "resnet18", tmp_path / "resnet50"))
     names = [row["name"] for row in found]
     assert sorted(names) == [
-        "random encoder (arch resnet18)",
-        "random encoder (arch resnet50)",
+        "random encoder (encoder resnet18)",
+        "random encoder (encoder resnet50)",
         "raw pixels",
     ]
     assert "raw pixels" in note
@@ -488,9 +494,80 @@ def test_another_setting_is_another_file(tmp_path, command):
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
+def older(run):
+    """A run's folder as older versions wrote it."""
+    record = json.loads((run / "config.json").read_text())
+    config = record["config"]
+    config |= {"test_size": config.pop("eval_size"), "estimate": False, "profile": 0}
+    config["cache_chunk"] = config.pop("grad_cache_chunk")
+    del record["overridden"]
+    (run / "config.json").write_text(json.dumps(record))
+    for path in (run / "results").iterdir():
+        row = json.loads(path.read_text())
+        name = row.pop("encoder")
+        stem = {"arch": name.removesuffix("-cifar"), "stem": "cifar"}
+        path.write_text(json.dumps(row | stem))
+    return run
+
+
+def of_two_seeds(folder, **config):
+    """Runs of seeds 1 and 2, each with a judgement of its encoder and of a baseline."""
+    config = NOTEBOOK | {"epochs": 200, "published": "moco-cifar10-asym-200"} | config
+    config = {"eval_size": 32, "grad_cache_chunk": 0} | config
+    for seed in (1, 2):
+        run = made(folder / f"run{seed}", "moco", "cifar10", **config, seed=seed)
+        record = json.loads((run / "config.json").read_text()) | {"overridden": []}
+        (run / "config.json").write_text(json.dumps(record))
+        for subject in ("encoder", "random"):
+            judged(run, "knn200-output", subject, top1=81.0 + seed)
+        yield run
+
+
+def test_records_of_older_versions_make_the_same_page(tmp_path, command):
+    """They have a network's name and stem apart, and settings under their former names."""
+    for run in of_two_seeds(tmp_path / "new"):
+        command(run, "--keep", tmp_path / "new" / "results")
+    for run in map(older, of_two_seeds(tmp_path / "old")):
+        command(run, "--keep", tmp_path / "old" / "results")
+    pages = []
+    for folder in (tmp_path / "new", tmp_path / "old"):
+        command("--results", folder / "results")
+        pages.append((folder / "RESULTS.md").read_text())
+    assert "| ResNet-18, cifar stem | kNN (k 200) on the head's output | 82.5, sd 0.7" in pages[0]
+    assert "82.6 (notebook" in pages[0] and pages[0] == pages[1]
+
+
+def test_what_is_measured_again_replaces_an_older_record(tmp_path, command):
+    for run in map(older, of_two_seeds(tmp_path / "old")):
+        command(run, "--keep", tmp_path / "results")
+    names = {path.name for path in (tmp_path / "results").iterdir()}
+    assert len(names) == 4
+    for run in of_two_seeds(tmp_path / "new"):
+        command(run, "--keep", tmp_path / "results")
+    assert {path.name for path in (tmp_path / "results").iterdir()} == names
+    assert all('"encoder"' in path.read_text() for path in (tmp_path / "results").iterdir())
+    for run in of_two_seeds(tmp_path / "other", eval_size=40):
+        command(run, "--keep", tmp_path / "results")
+    assert len(list((tmp_path / "results").iterdir())) == 4 + 2  # the baselines are the same
+    found = {row["name"] for row in rows(*(tmp_path / name / "run1" for name in ("old", "other")))}
+    moco = "MoCo cifar10, 200 epochs"
+    assert found == {f"{moco} (eval size 32)", f"{moco} (eval size 40)", "random encoder"}
+
+
+def test_the_records_of_this_repository_make_its_page(tmp_path, command):
+    """Every table of RESULTS.md."""
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    command("--results", tmp_path / "results")
+    tables = [
+        [line for line in (folder / "RESULTS.md").read_text().splitlines() if "|" in line]
+        for folder in (tmp_path, ROOT)
+    ]
+    assert len(tables[0]) > 100 and tables[0] == tables[1]
+
+
 def test_a_wrong_record_is_one_line(tmp_path, command):
-    with pytest.raises(cli.UserError, match="no results in it"):
+    with pytest.raises(UserError, match="no results in it"):
         compare.read_records(tmp_path)
     (tmp_path / "a.json").write_text(json.dumps({"title": "x", "figures": {}, "device": "CPU"}))
-    with pytest.raises(cli.UserError, match=r"a\.json: lacks command, commit"):
+    with pytest.raises(UserError, match=r"a\.json: lacks command, commit"):
         compare.read_records(tmp_path)

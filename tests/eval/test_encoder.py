@@ -1,70 +1,65 @@
 """Encoders from a file or by name: built as they were trained, or refused in one line."""
 
-import json
-
 import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-import simclr.model
-from common.cli import UserError
-from common.data import Batch, Images, pad
+from common import encoders
+from common.data import Batch, ImageSplit, pad
+from common.errors import UserError
 from eval import encoder as module
-from eval.encoder import Input, build_encoder, build_seeded, load, metadata
+from eval.encoder import Preprocess, build_seeded, load
 from eval.features import extract, prepare
+from tests.eval.harness import save_encoder
+
+DEMO = build_seeded({"encoder": "demo"}, Preprocess.of(32))
 
 
-def save(path, network, arch="demo", stem="imagenet", given=None, **changes):
-    about = metadata(arch, stem, given or Input.of(32), "row") | {"method": "simclr"} | changes
-    tensors = dict(network.state_dict()) | {"head.0.weight": torch.ones(2, 2)}
-    save_file(tensors, path, {key: json.dumps(value) for key, value in about.items()})
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("arch", "stem", "size"),
-    [("demo", "imagenet", 32), ("resnet18", "cifar", 32), ("resnet18", "imagenet", 64)],
-)
-def test_a_methods_encoder_comes_back_bit_for_bit(tmp_path, arch, stem, size):
+@pytest.mark.parametrize(("name", "size"), [("demo", 32), ("resnet18-cifar", 32), ("resnet18", 64)])
+@pytest.mark.parametrize("old", [False, True])
+def test_an_exported_encoder_comes_back_bit_for_bit(tmp_path, name, size, old):
+    """Also from an old file, whose metadata has the network's name and its stem apart."""
     torch.manual_seed(3)
-    theirs = simclr.model.build_encoder(arch, stem)
+    theirs = encoders.build(name, image_size=size)
     theirs(torch.rand(4, 3, size, size))  # running statistics of its own
-    given = Input(size, crop=0.9, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
-    ours = load(save(tmp_path / "encoder.safetensors", theirs, arch, stem, given))
+    preprocess = Preprocess(size, crop=0.9, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+    arch, stem = name.removesuffix("-cifar"), "cifar" if "cifar" in name else "imagenet"
+    changes = {"encoder": None, "channels": None, "norm": None, "arch": arch, "stem": stem}
+    path = tmp_path / "encoder.safetensors"
+    ours = load(save_encoder(path, theirs, name, preprocess, **(changes if old else {})))
     images = torch.rand(3, 3, size, size)
     with torch.no_grad():
         assert torch.equal(ours.network(images), theirs.eval()(images))
     assert ours.network.num_features == theirs.num_features == ours.network(images).shape[1]
     assert not ours.network.training and ours.name == "encoder"
-    assert tuple(ours.input.mean) == given.mean and ours.input.size == size
-    assert ours.about["method"] == "simclr" and ours.about["published"] == "row"
-    assert load(str(tmp_path)).about == ours.about  # by its folder
+    assert tuple(ours.input.mean) == preprocess.mean and ours.input.size == size
+    assert ours.metadata["method"] == "simclr" and ours.metadata["published"] == "some-row"
+    assert ours.metadata["encoder"] == name
+    assert load(str(tmp_path)).metadata == ours.metadata  # by its folder
 
 
 def test_stems():
     images = torch.rand(1, 3, 32, 32)
-    for stem, stride, side in (("cifar", 1, 32), ("imagenet", 2, 8)):
-        network = build_encoder("resnet18", stem)
+    for name, stride, side in (("resnet18-cifar", 1, 32), ("resnet18", 2, 8)):
+        network = encoders.build(name)
         assert network.conv1.stride == (stride, stride)
         assert network.maxpool(network.conv1(images)).shape[-1] == side
 
 
 def test_input_of_cifar_is_not_cropped():
-    assert [Input.of(size).crop for size in (24, 32, 33, 224)] == [1.0, 1.0, 0.875, 0.875]
+    assert [Preprocess.of(size).crop for size in (24, 32, 33, 224)] == [1.0, 1.0, 0.875, 0.875]
 
 
 def test_baselines_of_a_run(tmp_path):
-    path = save(
-        tmp_path / "encoder.safetensors", build_seeded({"arch": "demo", "stem": "imagenet"})
-    )
+    path = save_encoder(tmp_path / "encoder.safetensors", DEMO)
     random, pixels = load(path, "random"), load(path, "pixels")
     images = torch.rand(2, 3, 32, 32)
     assert random.name == "random" and pixels.name == "pixels"
     assert torch.equal(pixels.network(images), images.flatten(1))
     state = torch.random.get_rng_state()
-    again = build_seeded({"arch": "demo", "stem": "imagenet"})
+    again = build_seeded({"encoder": "demo"}, Preprocess.of(32))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(random.network(images), again(images))
     assert random.input == pixels.input == load(path).input
@@ -72,12 +67,14 @@ def test_baselines_of_a_run(tmp_path):
 
 def test_networks_by_name(monkeypatch):
     encoder = load("", "random:resnet18")
-    assert encoder.input == Input(
+    assert encoder.input == Preprocess(
         224, interpolation="bilinear", mean=module.IMAGENET_MEAN, std=module.IMAGENET_STD
     )
     assert not encoder.network.training
-    with pytest.raises(UserError, match="no such torchvision ResNet"):
+    with pytest.raises(UserError, match="--arch vgg16: not one of demo, resnet101"):
         load("", "random:vgg16")
+    with pytest.raises(UserError, match="no such torchvision ResNet"):
+        load("", "torchvision:demo")
 
     def no_network(*args, **kwargs):
         raise OSError("no network")
@@ -100,10 +97,10 @@ def test_what_is_no_encoder(tmp_path):
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(UserError, match="not an exported encoder"):
         load(str(path))
-    save(path, build_seeded({"arch": "demo", "stem": "imagenet"}), arch="no_such_net")
-    with pytest.raises(UserError, match="not an exported encoder"):
+    save_encoder(path, DEMO, encoder="no_such_net")
+    with pytest.raises(UserError, match="no_such_net"):
         load(str(path))
-    save(path, build_seeded({"arch": "demo", "stem": "imagenet"}))
+    save_encoder(path, DEMO)
     with pytest.raises(UserError, match="--weights best: not one of random, pixels"):
         load(str(path), "best")
 
@@ -115,12 +112,12 @@ def test_prepare_is_the_central_crop_at_the_networks_size():
     images = torch.zeros(2, 3, 16, 24, dtype=torch.uint8)
     images[:, :, 1:15, 5:19] = 255  # 0.875 of the short side, in the middle
     batch = Batch(*pad(list(images)), torch.arange(2))
-    shown = prepare(batch, Input(14), "cpu")
+    shown = prepare(batch, Preprocess(14), "cpu")
     assert shown.shape == (2, 3, 14, 14) and shown.dtype == torch.float32
     assert torch.equal(shown, torch.ones_like(shown))
-    whole = prepare(batch, Input(16, crop=1.0), "cpu")
+    whole = prepare(batch, Preprocess(16, crop=1.0), "cpu")
     assert torch.allclose(whole, images[:, :, :, 4:20] / 255, atol=1e-6)
-    moved = prepare(batch, Input(14, mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0)), "cpu")
+    moved = prepare(batch, Preprocess(14, mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0)), "cpu")
     assert torch.allclose(moved[0, :, 0, 0], torch.tensor([1.0, 0.75, 0.5]))
 
 
@@ -132,13 +129,13 @@ class Channels(nn.Module):
 def flat_images(count, bad=()):
     values = [torch.full((3, 8, 8), i, dtype=torch.uint8) for i in range(count)]
     encoded = [b"" if i in bad else value for i, value in enumerate(values)]
-    return Images("flat", encoded, torch.arange(count), tuple(map(str, range(count))))
+    return ImageSplit("flat", encoded, torch.arange(count), tuple(map(str, range(count))))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
 def test_features_and_labels_are_in_the_order_of_the_images(batch_size):
-    network, given = Channels().eval(), Input(8, crop=1.0)
-    features, labels = extract(network, flat_images(40), given, batch_size=batch_size)
+    network, preprocess = Channels().eval(), Preprocess(8, crop=1.0)
+    features, labels = extract(network, flat_images(40), preprocess, batch_size=batch_size)
     assert features.shape == (40, 3) and features.dtype == torch.float32
     assert torch.allclose(features * 255, torch.arange(40.0)[:, None].expand(40, 3), atol=1e-4)
     assert torch.equal(labels, torch.arange(40))
@@ -149,7 +146,7 @@ def test_features_and_labels_are_in_the_order_of_the_images(batch_size):
 def test_bad_images_are_left_out(memory_gb, batch_size):
     images = flat_images(60, bad=(4, 5, 30))
     features, labels = extract(
-        Channels().eval(), images, Input(8, crop=1.0),
+        Channels().eval(), images, Preprocess(8, crop=1.0),
         batch_size=batch_size, memory_gb=memory_gb, workers=0,
     )  # fmt: skip
     good = [i for i in range(60) if i not in (4, 5, 30)]
@@ -159,7 +156,7 @@ def test_bad_images_are_left_out(memory_gb, batch_size):
 
 def test_a_network_in_training_mode_is_refused():
     with pytest.raises(AssertionError):
-        extract(Channels().train(), flat_images(4), Input(8))
+        extract(Channels().train(), flat_images(4), Preprocess(8))
 
 
 def test_torchvisions_weights_from_a_file(tmp_path):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from common.data import Images, open_images
+from common.data import ImageSplit, open_images
 from eval import features
-from eval.encoder import Input
+from eval.encoder import Preprocess
 from eval.features import content_of, digest_of
 
-GIVEN = Input(8)
+GIVEN = Preprocess(8)
 
 
 def folder(path, contents):
@@ -47,10 +47,10 @@ def test_the_same_bytes_elsewhere_at_another_time_are_the_same_images(tmp_path):
 def test_images_in_files_in_cells_and_as_tensors(tmp_path):
     path = folder(tmp_path / "one", {"a.png": b"12"}) / "a.png"
     cells = [path, str(path), {"bytes": None, "path": str(path)}, {"bytes": b"12", "path": None}]
-    assert len({content_of(Images("x", [cell])) for cell in cells}) == 1
+    assert len({content_of(ImageSplit("x", [cell])) for cell in cells}) == 1
     pixels = torch.arange(12, dtype=torch.uint8)
     tensors = [pixels.view(1, 3, 2, 2), pixels.view(1, 3, 1, 4), pixels.flip(0).view(1, 3, 2, 2)]
-    assert len({content_of(Images("x", tensor)) for tensor in tensors}) == 3
+    assert len({content_of(ImageSplit("x", tensor)) for tensor in tensors}) == 3
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "dead link", "empty cell"])
@@ -63,7 +63,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
     elif kind == "dead link":
         path.symlink_to(tmp_path / "b.png")
     cell = {"bytes": None, "path": None} if kind == "empty cell" else str(path)
-    assert content_of(Images("x", [cell, cell])) == content_of(Images("x", [tmp_path] * 2))
+    assert content_of(ImageSplit("x", [cell, cell])) == content_of(ImageSplit("x", [tmp_path] * 2))
 
 
 def test_images_are_read_once(tmp_path, monkeypatch):

@@ -4,34 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from common.cli import UserError
-from common.data import Images
-from common.run import read_json
+from common import encoders
+from common.data import ImageSplit
+from common.errors import UserError
+from common.files import read_json
 from eval import finetune
-from eval.encoder import Encoder, Input, build_encoder
+from eval.encoder import Encoder, Preprocess
 from eval.features import fingerprint
 from eval.finetune import Settings, choose
-from eval.results import Subject
 from eval.unfinished import Unfinished
-from tests.eval.stopping import again, assert_same_records
-
-
-class Network(nn.Module):
-    num_features = 3
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3)
-
-    def forward(self, images):
-        return self.norm(images).mean((2, 3))
-
-
-def coloured(count):
-    labels = torch.arange(count) % 3
-    pixels = torch.randint(60, (count, 3, 12, 12), generator=torch.Generator().manual_seed(count))
-    pixels[torch.arange(count), labels] += 150
-    return Images("coloured", pixels.byte(), labels, ("r", "g", "b"), store=pixels.byte())
+from tests.eval.harness import Network, again, assert_same_records, coloured, subject_of
 
 
 def test_a_fraction_is_balanced_and_seeded():
@@ -45,7 +27,7 @@ def test_a_fraction_is_balanced_and_seeded():
 
 
 def test_a_list_of_names(tmp_path):
-    images = Images("x", ["/a/one.png", "/a/two.png", "/b/three.png"], torch.tensor([0, 0, 1]))
+    images = ImageSplit("x", ["/a/one.png", "/a/two.png", "/b/three.png"], torch.tensor([0, 0, 1]))
     names = tmp_path / "names.txt"
     names.write_text("three.png\none.png\n")
     assert choose(images, 1.0, str(names), 1).tolist() == [True, False, True]
@@ -58,7 +40,7 @@ def test_a_list_of_names(tmp_path):
 
 def test_a_list_may_name_folders_and_must_be_unambiguous(tmp_path):
     paths = ["/data/cat/1.jpg", "/data/dog/1.jpg", "/data/dog/2.jpg"]
-    images = Images("x", paths, torch.tensor([0, 1, 1]), ("cat", "dog"))
+    images = ImageSplit("x", paths, torch.tensor([0, 1, 1]), ("cat", "dog"))
     names = tmp_path / "names.txt"
     names.write_text("./cat/1.jpg\n2.jpg\n\n")
     assert choose(images, 1.0, str(names), 1).tolist() == [True, False, True]
@@ -70,17 +52,10 @@ def test_a_list_may_name_folders_and_must_be_unambiguous(tmp_path):
 def test_the_official_lists_find_the_hubs_names(tmp_path):
     """The Hub's ImageNet adds the class to the name that the lists have."""
     rows = [{"bytes": b"", "path": f"n01440764_{i}_n01440764.JPEG"} for i in range(3)]
-    images = Images("x", rows, torch.tensor([0, 0, 0]), ("tench",))
+    images = ImageSplit("x", rows, torch.tensor([0, 0, 0]), ("tench",))
     names = tmp_path / "1percent.txt"
     names.write_text("n01440764_0.JPEG\nn01440764_2.JPEG\n")
     assert choose(images, 1.0, str(names), 1).tolist() == [True, False, True]
-
-
-def subject_of(tmp_path, method="moco", network=None, name="encoder", **about):
-    config = {"data": "x", "batch_size": 8, "seed": 1}
-    about |= {"method": method}
-    encoder = Encoder((network or Network()).eval(), Input(12, crop=1.0), name, about)
-    return Subject(encoder, "x", {}, tmp_path, config, "cpu", (coloured(120), coloured(30)))
 
 
 @pytest.mark.parametrize(("fraction", "name", "epochs"), [(0.01, "1", 60), (1.0, "100", 30)])
@@ -101,8 +76,8 @@ def test_the_record(tmp_path, fraction, name, epochs):
 
 
 def encoder_of(method, name="encoder", linears=2):
-    about = {"method": method, "head": ["Linear", "ReLU"] * linears}
-    return Encoder(Network(), Input(12), name, about)
+    metadata = {"method": method, "head": ["Linear", "ReLU"] * linears}
+    return Encoder(Network(), Preprocess(12), name, metadata)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +88,7 @@ def encoder_of(method, name="encoder", linears=2):
         (encoder_of("moco"), 10, "simclr", 0.8, (30,)),
         (encoder_of("simclr", linears=3), 1, "simclr-v2", 0.16, (60,)),  # README: 0.16 at 1024
         (encoder_of("byol"), 1, "byol", 0.04, (30, 50)),
-        (encoder_of("byol", "random"), 100, "simclr", 0.8, (30,)),  # the supervised twin
+        (encoder_of("byol", "random"), 100, "simclr", 0.8, (30,)),  # the supervised baseline
     ],
 )
 def test_the_papers_protocols(encoder, percent, name, peak, epochs):
@@ -147,7 +122,7 @@ def test_the_batch_on_few_or_small_images(count, size, asked, batch):
 def test_a_sweep_chooses_on_held_out_images(tmp_path, monkeypatch):
     tried = []
 
-    def instead(encoder, images, protocol, settings, device, unfinished, before):
+    def instead(encoder, images, protocol, settings, device, unfinished, progress):
         tried.append((protocol.rates[0], protocol.epochs[0], len(images)))
         model = nn.Sequential(Network(), nn.Linear(3, 3))
         nn.init.zeros_(model[1].bias)
@@ -157,7 +132,7 @@ def test_a_sweep_chooses_on_held_out_images(tmp_path, monkeypatch):
         return model.eval()
 
     monkeypatch.setattr(finetune, "fine_tune", instead)
-    finetune.judge(subject_of(tmp_path, "byol"), Settings())
+    finetune.judge(subject_of(tmp_path, method="byol"), Settings())
     assert len(tried) == 10 and {images for *_, images in tried} == {108}
     row = read_json(tmp_path / "finetune-100-byol-encoder.json")
     assert row["top1"] == 100.0 and row["chosen_of"] == 10
@@ -176,7 +151,7 @@ def test_large_batches_go_through_in_parts(tmp_path, monkeypatch):
         monkeypatch.setattr(finetune, "PART", part)
         protocol = finetune.Protocol("x", (0.5,), (2,), 40)
         images = coloured(120)
-        encoder = Encoder(Plain().eval(), Input(12), "encoder")
+        encoder = Encoder(Plain().eval(), Preprocess(12), "encoder")
         nothing = Unfinished(None, "", "")
         tuned = finetune.fine_tune(encoder, images, protocol, Settings(), "cpu", nothing, {})
         found.append(tuned[1].weight.detach())
@@ -186,7 +161,7 @@ def test_large_batches_go_through_in_parts(tmp_path, monkeypatch):
 def test_lars_adapts_neither_the_classifier_nor_vectors():
     model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Linear(4, 2))
     optimizer = finetune.optimizer_of(model, finetune.SIMCLR_V2, 0.0)
-    adapted = {id(p) for g in optimizer.param_groups if g["adapt"] for p in g["params"]}
+    adapted = {id(p) for g in optimizer.param_groups if g["lars_adaptation"] for p in g["params"]}
     assert adapted == {id(model[0][0].weight)}
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(everything) == len(list(model.parameters()))
@@ -195,9 +170,9 @@ def test_lars_adapts_neither_the_classifier_nor_vectors():
 # ---- frozen layers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("arch", "count"), [("resnet18", 3), ("demo", 2), ("demo", 0)])
+@pytest.mark.parametrize(("arch", "count"), [("resnet18-cifar", 3), ("demo", 2), ("demo", 0)])
 def test_frozen_layers_do_not_move_and_the_others_do(tmp_path, arch, count):
-    network = build_encoder(arch, "cifar")
+    network = encoders.build(arch)
     subject = subject_of(tmp_path, network=network)
     settings = Settings(freeze=count, base_lr=5.0, epochs=1, batch_size=60)
     protocol = finetune.Protocol("x", (5.0,), (1,), 60)
@@ -214,10 +189,12 @@ def test_frozen_layers_do_not_move_and_the_others_do(tmp_path, arch, count):
         assert all(same) if i < count else not any(same)
 
 
-def test_more_stages_than_there_are(tmp_path):
-    subject = subject_of(tmp_path, network=build_encoder("demo", "cifar"))
+def test_stages_that_an_encoder_lacks(tmp_path):
+    subject = subject_of(tmp_path, network=encoders.build("demo"))
     with pytest.raises(UserError, match="--freeze 5: the encoder has 4 stages"):
         finetune.judge(subject, Settings(freeze=5))
+    with pytest.raises(UserError, match="only a ResNet and the demo network have stages"):
+        finetune.judge(subject_of(tmp_path), Settings(freeze=1))
 
 
 @pytest.mark.parametrize("protocol", ["simclr", "simclr-v2", "byol"])

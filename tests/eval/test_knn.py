@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from common.data import Images
-from common.run import read_json
-from eval.encoder import Encoder, Input
-from eval.knn import Monitor, Settings, accuracy, judge, nearest, predict, thin, vote
+from common.files import read_json
+from eval.encoder import Encoder, Preprocess
+from eval.knn import OnlineKNN, Settings, accuracy, judge, nearest, predict, subsample, vote
 from eval.results import Subject, confidence
+from tests.eval.harness import Network, coloured
 from tests.helpers import golden
 
 
@@ -93,7 +92,7 @@ def test_left_out_of_its_own_neighbours(chunk, bank_chunk):
     bank = some(2, 40, 6)
     unit = F.normalize(bank, dim=1)
     expected, where = (unit @ unit.T).fill_diagonal_(-2).topk(39)
-    value, index = nearest(bank, bank, 100, own=True, chunk=chunk, bank_chunk=bank_chunk)
+    value, index = nearest(bank, bank, 100, exclude_self=True, chunk=chunk, bank_chunk=bank_chunk)
     assert torch.allclose(value, expected, rtol=1e-12, atol=1e-15) and torch.equal(index, where)
 
 
@@ -101,25 +100,25 @@ def test_against_the_official_notebook():
     recorded = golden("moco_colab")
     cases = sorted({key.split("/")[1] for key in recorded if key.startswith("knn/")})
     for case in cases:
-        given = {
+        inputs = {
             name: torch.tensor(recorded[f"knn/{case}/{name}"])
             for name in ("feature", "bank", "labels", "classes", "k", "t", "pred_labels")
         }
         ranking, shares = predict(
-            given["feature"],
-            given["bank"].T,
-            given["labels"],
-            classes=int(given["classes"]),
-            k=int(given["k"]),
-            temperature=float(given["t"]),
+            inputs["feature"],
+            inputs["bank"].T,
+            inputs["labels"],
+            classes=int(inputs["classes"]),
+            k=int(inputs["k"]),
+            temperature=float(inputs["t"]),
         )
         expected = torch.tensor(recorded[f"knn/{case}/scores_f64"])
         expected = expected / expected.sum(1, keepdim=True)  # the notebook's are sums of votes
         assert torch.allclose(shares, expected, rtol=1e-5, atol=0)
-        in_order = expected.gather(1, given["pred_labels"])
+        in_order = expected.gather(1, inputs["pred_labels"])
         voted = in_order > 0  # the order of classes without a vote means nothing
         assert voted[:, 0].all()
-        assert torch.equal(ranking[voted], given["pred_labels"][voted])
+        assert torch.equal(ranking[voted], inputs["pred_labels"][voted])
     assert len(cases) >= 3, cases
 
 
@@ -129,30 +128,11 @@ def test_accuracy():
     assert [accuracy(ranking, labels, top) for top in (1, 2, 3)] == [50.0, 75.0, 100.0]
 
 
-def coloured(count, classes=3):
-    """Images that their mean colour tells apart."""
-    labels = torch.arange(count) % classes
-    noise = torch.Generator().manual_seed(0)
-    pixels = torch.randint(60, (count, 3, 16, 16), generator=noise)
-    pixels[torch.arange(count), labels] += 150
-    return Images("coloured", pixels.byte(), labels, tuple("rgb"), store=pixels.byte())
-
-
-class Mean(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3)
-
-    def forward(self, images):
-        assert not self.training
-        return self.norm(images).mean((2, 3))
-
-
-def test_the_monitor_leaves_the_encoder_as_it_was(monkeypatch):
+def test_the_online_knn_leaves_the_encoder_as_it_was(monkeypatch):
     monkeypatch.setattr("eval.knn.open_train_test", lambda source: (coloured(90), coloured(30)))
-    monitor, encoder = Monitor("x", Input(16)), Mean().train()
+    knn, encoder = OnlineKNN("x", Preprocess(12)), Network().train()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    assert monitor(encoder, "cpu") == 100.0
+    assert knn(encoder, "cpu") == 100.0
     assert encoder.training
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
 
@@ -162,7 +142,7 @@ def test_only_images_that_are_judged_are_counted(tmp_path, left_out):
     train, test = (coloured(count) for count in (90, 30))
     for images in (train, test):
         images.encoded, images.store = ["nowhere.png", *images.encoded[1:]], None
-    encoder = Encoder(Mean().eval(), Input(16), "encoder")
+    encoder = Encoder(Network().eval(), Preprocess(12), "encoder")
     opened = (train, None if left_out else test)
     subject = Subject(encoder, "x", {}, tmp_path, {"data": "x"}, "cpu", _opened=opened)
     judge(subject, Settings(k=(5,)))
@@ -171,10 +151,10 @@ def test_only_images_that_are_judged_are_counted(tmp_path, left_out):
     assert row["top1"] == 100.0 and row["interval"] == confidence(100.0, row["test_images"])
 
 
-def test_thinning_keeps_images_and_labels_together():
+def test_a_subsample_keeps_images_and_labels_together():
     whole = coloured(100)
-    part = thin(whole, 30)
+    part = subsample(whole, 30)
     assert len(part) == len(part.labels) == 25 and torch.equal(part.labels, whole.labels[::4])
     for i in (0, 7, 24):
         assert torch.equal(part.encoded[i], whole.encoded[4 * i])
-    assert thin(whole, 100) is whole
+    assert subsample(whole, 100) is whole

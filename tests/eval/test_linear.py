@@ -1,6 +1,5 @@
 """The linear classifier: its steps, its solution, its protocols, and an encoder left alone."""
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -8,17 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import eval.linear
-from common import cli
-from common.data import Images
-from common.run import read_json
+from common.errors import UserError
+from common.files import read_json
 from eval import linear
-from eval.encoder import Encoder, Input
+from eval.encoder import Preprocess
 from eval.features import fingerprint
 from eval.linear import BYOL, FEATURES, MOCO, PROTOCOLS, SIMCLR, SIMCLR_CIFAR, Probe, Settings
-from eval.results import Subject, confidence
+from eval.results import confidence
 from eval.unfinished import Unfinished
-from tests.eval.stopping import again, assert_same_records
+from tests import helpers
+from tests.eval.harness import again, assert_same_records, coloured, subject_of
 
 PLAIN = replace(FEATURES, rates=(0.5,), batch_size=256, init_std=0.0)
 
@@ -41,7 +39,7 @@ def problem(count=300, width=4, classes=3, noise=2.0, seed=0):
 
 def train(probe, x, y, protocol, steps, seed=1):
     def batches(first):
-        return ((x[i], y[i]) for i in linear.orders(torch.arange(len(x)), protocol, seed, first))
+        return ((x[i], y[i]) for i in linear.shuffled(torch.arange(len(x)), protocol, seed, first))
 
     linear.train(probe, batches, steps, Unfinished(None, "", ""))
 
@@ -127,7 +125,7 @@ def test_rates_trained_together_are_rates_trained_alone():
         train(alone, x, y, protocol, 18)
         assert torch.allclose(together.weight[i], alone.weight[0], rtol=0, atol=1e-12)
     chosen = together.logits(x)[3]
-    together.keep(3)
+    together.select(3)
     assert torch.allclose(together.logits(x)[0], chosen, rtol=0, atol=1e-12)
     assert together.rates.item() == pytest.approx(protocol.rates[3] * 50 / 256)
 
@@ -153,59 +151,34 @@ def test_the_papers_protocols():
 
 
 def test_the_rate_is_chosen_on_images_that_are_not_trained_on():
-    kept, held_out = linear.hold_out(205, BYOL, seed=1)
+    training, held_out = linear.hold_out(205, BYOL, seed=1)
     assert len(held_out) == 20
-    assert torch.equal(torch.cat([kept, held_out]).sort().values, torch.arange(205))
-    used = torch.cat(list(linear.orders(kept, replace(BYOL, batch_size=37, epochs=4), 1)))
+    assert torch.equal(torch.cat([training, held_out]).sort().values, torch.arange(205))
+    used = torch.cat(list(linear.shuffled(training, replace(BYOL, batch_size=37, epochs=4), 1)))
     assert not torch.isin(used, held_out).any()
-    kept, held_out = linear.hold_out(2, BYOL, seed=1)
-    assert len(kept) == len(held_out) == 1
-    with pytest.raises(cli.UserError, match="one training image"):
+    training, held_out = linear.hold_out(2, BYOL, seed=1)
+    assert len(training) == len(held_out) == 1
+    with pytest.raises(UserError, match="one training image"):
         linear.hold_out(1, BYOL, seed=1)
-    kept, held_out = linear.hold_out(205, SIMCLR, seed=1)
-    assert len(kept) == 205 and len(held_out) == 0  # one rate: nothing to choose
+    training, held_out = linear.hold_out(205, SIMCLR, seed=1)
+    assert len(training) == 205 and len(held_out) == 0  # one rate: nothing to choose
 
 
 def test_every_epoch_is_a_permutation_cut_at_the_last_whole_batch():
-    kept = torch.arange(100, 131)
-    steps = list(linear.orders(kept, replace(SIMCLR, batch_size=8, epochs=2), 1))
+    index = torch.arange(100, 131)
+    steps = list(linear.shuffled(index, replace(SIMCLR, batch_size=8, epochs=2), 1))
     assert len(steps) == 6 and all(len(step) == 8 for step in steps)
     for epoch in (steps[:3], steps[3:]):
         seen = torch.cat(epoch)
-        assert len(seen.unique()) == 24 and torch.isin(seen, kept).all()
+        assert len(seen.unique()) == 24 and torch.isin(seen, index).all()
 
 
 # ---- a whole judgement ---------------------------------------------------------------------------
 
 
-class Network(nn.Module):
-    num_features = 3
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3)
-
-    def forward(self, images):
-        return self.norm(images).mean((2, 3))
-
-
-def coloured(count):
-    labels = torch.arange(count) % 3
-    pixels = torch.randint(60, (count, 3, 12, 12), generator=torch.Generator().manual_seed(count))
-    pixels[torch.arange(count), labels] += 150
-    return Images("coloured", pixels.byte(), labels, ("r", "g", "b"), store=pixels.byte())
-
-
-def subject_of(network, tmp_path, method="simclr", counts=(120, 30)):
-    config = {"data": "x", "batch_size": 8, "seed": 1}
-    encoder = Encoder(network, Input(12, crop=1.0), "encoder", {"method": method})
-    train, test = map(coloured, counts)
-    return Subject(encoder, "x", {}, tmp_path, config, "cpu", (train, test))
-
-
 @pytest.mark.parametrize("protocol", ["simclr", "moco", "byol", "features"])
 def test_every_protocol_reaches_what_can_be_reached(tmp_path, protocol):
-    subject = subject_of(Network().eval(), tmp_path)
+    subject = subject_of(tmp_path)
     before = fingerprint(subject.encoder.network)
     linear.judge(subject, Settings(protocol=protocol, epochs=10, batch_size=16))
     assert fingerprint(subject.encoder.network) == before
@@ -219,7 +192,7 @@ def test_every_protocol_reaches_what_can_be_reached(tmp_path, protocol):
 @pytest.mark.parametrize("protocol", ["simclr", "moco", "byol", "features"])
 @pytest.mark.parametrize("count", [2, 9])
 def test_a_few_images(tmp_path, protocol, count):
-    subject = subject_of(Network().eval(), tmp_path, counts=(count, 3))
+    subject = subject_of(tmp_path, counts=(count, 3))
     linear.judge(subject, Settings(protocol=protocol, epochs=2))
     row = read_json(tmp_path / f"linear-{protocol}-encoder.json")
     assert 0 <= row["top1"] <= 100 and row["train_images"] == count
@@ -228,7 +201,7 @@ def test_a_few_images(tmp_path, protocol, count):
 
 def test_an_encoder_that_learns_under_the_classifier_is_caught(tmp_path, monkeypatch):
     """A backbone left unfrozen: an optimiser step on the encoder within the probe's training."""
-    subject = subject_of(Network().eval(), tmp_path)
+    subject = subject_of(tmp_path)
     probed = linear.run_probe
 
     def unfrozen(subject, *rest):
@@ -245,26 +218,26 @@ def test_an_encoder_that_learns_under_the_classifier_is_caught(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "changes, recorded",
     [({}, None), ({"epochs": 2, "batch_size": 16}, {"epochs": 2, "batch_size": 16})],
 )
-def test_what_is_not_the_protocols_own_is_recorded(tmp_path, given, said):
-    subject = subject_of(Network().eval(), tmp_path)
-    linear.judge(subject, Settings(protocol="features", **given))
-    assert read_json(tmp_path / "linear-features-encoder.json").get("changed") == said
+def test_what_is_not_the_protocols_own_is_recorded(tmp_path, changes, recorded):
+    subject = subject_of(tmp_path)
+    linear.judge(subject, Settings(protocol="features", **changes))
+    assert read_json(tmp_path / "linear-features-encoder.json").get("changed") == recorded
 
 
 @pytest.mark.parametrize(("method", "name"), [("moco", "moco"), ("byol", "byol")])
 def test_the_protocol_is_the_methods_unless_said(tmp_path, method, name):
-    subject = subject_of(Network().eval(), tmp_path, method)
+    subject = subject_of(tmp_path, method=method)
     assert linear.protocol_of(subject, Settings()) == PROTOCOLS[name]
     assert linear.protocol_of(subject, Settings(protocol="features")) == FEATURES
-    subject.encoder.about["method"] = "dino"  # of no protocol here
+    subject.encoder.metadata["method"] = "dino"  # of no protocol here
     assert linear.protocol_of(subject, Settings()) == FEATURES
     assert linear.protocol_of(subject, Settings(protocol=name)) == PROTOCOLS[name]
-    subject = subject_of(Network().eval(), tmp_path, "simclr")
+    subject = subject_of(tmp_path)
     for size, paper in ((24, SIMCLR_CIFAR), (32, SIMCLR_CIFAR), (33, SIMCLR), (224, SIMCLR)):
-        subject.encoder.input = Input(size)
+        subject.encoder.input = Preprocess(size)
         assert linear.protocol_of(subject, Settings()) == paper
     subject.encoder.name = "pixels"
     assert linear.protocol_of(subject, Settings()) == FEATURES
@@ -272,7 +245,7 @@ def test_the_protocol_is_the_methods_unless_said(tmp_path, method, name):
 
 @pytest.mark.parametrize("protocol", ["simclr", "features"])
 def test_only_images_that_are_judged_are_counted(tmp_path, protocol):
-    subject = subject_of(Network().eval(), tmp_path)
+    subject = subject_of(tmp_path)
     test = coloured(30)
     test.encoded, test.store = ["nowhere.png", *test.encoded[1:]], None
     subject._splits = (subject.splits()[0], test)
@@ -285,39 +258,39 @@ def test_only_images_that_are_judged_are_counted(tmp_path, protocol):
 def test_the_same_seed_gives_the_same_answer(tmp_path):
     found = []
     for seed in (1, 1, 2):
-        subject = subject_of(Network().eval(), tmp_path)
+        subject = subject_of(tmp_path)
         protocol = replace(SIMCLR, epochs=1, batch_size=16)
         torch.manual_seed(len(found))
         probes = []
 
-        class Kept(Probe):
-            def __init__(self, *args, kept=probes):
+        class Recorded(Probe):
+            def __init__(self, *args, probes=probes):
                 super().__init__(*args)
-                kept.append(self)
+                probes.append(self)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(linear, "Probe", Kept)
+            patch.setattr(linear, "Probe", Recorded)
             linear.run_probe(subject, protocol, seed, Unfinished(None, "", ""))
         found.append(probes[0].weight)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_an_encoder_in_training_mode_is_caught(tmp_path):
-    network = Network().train()  # its running statistics move
+    subject = subject_of(tmp_path)
+    subject.encoder.network.train()  # its running statistics move
     with pytest.raises(RuntimeError, match="the encoder changed"):
-        linear.judge(subject_of(network, tmp_path), Settings(epochs=1, batch_size=16))
+        linear.judge(subject, Settings(epochs=1, batch_size=16))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_protocol_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["prog", "run", "--protocol", "best"])
+def test_a_wrong_protocol_is_refused(capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.run(eval.linear.main)
+        helpers.evaluate(linear, "run", "--protocol", "best")
     assert caught.value.code == 2 and "byol" in capsys.readouterr().err
 
 
 def test_the_rate_follows_the_batch_that_there_is(tmp_path):
-    linear.judge(subject_of(Network().eval(), tmp_path), Settings(protocol="simclr", epochs=1))
+    linear.judge(subject_of(tmp_path), Settings(protocol="simclr", epochs=1))
     row = read_json(tmp_path / "linear-simclr-encoder.json")
     assert row["probe_batch_size"] == 120  # all images; the protocol says 4096
     assert row["lr"] == pytest.approx(0.1 * 120 / 256, abs=1e-6)
@@ -328,7 +301,7 @@ def test_stopped_and_started_again_it_ends_the_same(tmp_path, monkeypatch, proto
     settings = Settings(protocol=protocol, epochs=2, batch_size=20)
 
     def judge(folder):
-        linear.judge(subject_of(Network().eval(), tmp_path / folder), settings)
+        linear.judge(subject_of(tmp_path / folder), settings)
 
     judge("whole")
     again(monkeypatch, {3, 4, 9}, lambda: judge("stopped"))

@@ -6,52 +6,29 @@ import math
 import re
 import shutil
 import subprocess
-import sys
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
-from torch import nn
 
 import eval.compare
 import eval.knn
 import eval.report as report
-from common import cli
-from common.data import Images
-from common.run import Run
-from eval.encoder import Input, build_seeded, metadata
-from simclr.config import RECIPES
+from common.data import ImageSplit
+from tests.eval.harness import save_images, save_run
+from tests.helpers import evaluate
 
 HOSTILE = "<script>alert(1)<"  # a class name, as a folder's name may be
 CLASSES = (HOSTILE, "b & c", 'd"e')
-
-
-def call(main, *argv):
-    sys.argv = ["prog", *map(str, argv)]
-    cli.run(main)
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The report on a small run, 60 labelled images and 24 to test; (its folder, the run's)."""
     folder = tmp_path_factory.mktemp("reported")
-    generator = torch.Generator().manual_seed(3)
-    for split, count in (("train", 60), ("test", 24)):
-        for i in range(count):
-            path = folder / "source" / split / CLASSES[i % 3] / f"{i:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            colour = torch.randint(0, 160, (3,), generator=generator).tolist()
-            colour[i % 3] += 60
-            Image.new("RGB", (16, 20), tuple(colour)).save(path)
-    run = folder / "run <i>"
-    cfg = replace(RECIPES["demo"], data=str(folder / "source"), out=str(run), batch_size=6)
-    made = Run(cfg, "simclr", "demo", Accelerator(cpu=True), 60, 20)
-    about = metadata("demo", "imagenet", Input.of(16), "")
-    network = build_seeded({"arch": "demo", "stem": "imagenet"})
-    made.export(20, network, nn.Sequential(nn.Linear(2, 2)), **about)
+    source = save_images(folder / "source", CLASSES, 60, 24, size=(16, 20), gain=60)
+    run = save_run(folder / "run <i>", data=str(source))
     metrics = [
         {"step": i, "loss": 3 - i / 10, "chance_loss": 4.0, "lr": 0.1, "uniformity": -1 - i}
         for i in range(0, 20, 5)
@@ -59,11 +36,9 @@ def page(tmp_path_factory):
     metrics[2]["loss"] = float("nan")
     metrics[-1]["knn"] = 70.0
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-    before = sys.argv
-    call(eval.knn.main, run, "--k", "5", "--baselines", "random", "pixels")
-    call(eval.compare.main, run, "--report", folder / "page")
-    call(eval.compare.main, run, "--report", folder / "page")  # a second time does no harm
-    sys.argv = before
+    evaluate(eval.knn, run, "--k", "5", "--baselines", "random", "pixels")
+    evaluate(eval.compare, run, "--report", folder / "page")
+    evaluate(eval.compare, run, "--report", folder / "page")  # a second time does no harm
     return folder / "page", run
 
 
@@ -175,7 +150,7 @@ def test_without_labels_the_page_says_so(tmp_path, page):
     Image.new("RGB", (16, 16)).save(tmp_path / "flat" / "a.png")
     config["config"]["data"] = str(tmp_path / "flat")
     (run / "config.json").write_text(json.dumps(config))
-    shown, text = report.seen_html(run)
+    shown, text = report.neighbours_html(run)
     assert "has no labels" in shown and text == ""
 
 
@@ -194,19 +169,24 @@ def test_the_plane_is_the_principal_components():
     assert report.plane(torch.randn(4, 1, generator=generator))[0].shape == (4, 2)
 
 
-def seen(truth, said, classes=3):
-    ranking = torch.tensor([[s, *(c for c in range(classes) if c != s)] for s in said])
-    images = Images("test", [None] * len(truth), torch.tensor(truth), CLASSES[:classes])
+def classified(truth, predicted, classes=3):
+    ranking = torch.tensor([[p, *(c for c in range(classes) if c != p)] for p in predicted])
+    images = ImageSplit("test", [None] * len(truth), torch.tensor(truth), CLASSES[:classes])
     empty = torch.zeros(len(truth), 2)
-    return report.Look(images, images, empty, empty, images.labels, images.labels, ranking)
+    return report.Classified(images, images, empty, empty, images.labels, images.labels, ranking)
 
 
 def test_confusions_are_counted():
-    found = report.confusions(seen([0, 0, 1, 1, 1, 2, 2], [0, 1, 2, 2, 1, 2, 1]))
+    found = report.confusions(classified([0, 0, 1, 1, 1, 2, 2], [0, 1, 2, 2, 1, 2, 1]))
     assert found[0] == (1, 2, 2, 2) and set(found[1:]) == {(0, 1, 1, 1), (2, 1, 1, 6)}
-    assert report.confusion_table(seen([1, 1, 1], [2, 2, 1]))[1] == ["b & c", 'd"e', "2", "67%"]
-    assert report.confusions(seen([0, 1], [0, 1])) == []
-    assert "Nothing went wrong" in report.confusion_html(seen([0, 1], [0, 1]))
+    assert report.confusion_table(classified([1, 1, 1], [2, 2, 1]))[1] == [
+        "b & c",
+        'd"e',
+        "2",
+        "67%",
+    ]
+    assert report.confusions(classified([0, 1], [0, 1])) == []
+    assert "Nothing went wrong" in report.confusion_html(classified([0, 1], [0, 1]))
 
 
 def test_examples_take_turns():
@@ -280,11 +260,11 @@ def test_an_image_that_cannot_be_decoded_is_left_out_of_the_pictures(page, tmp_p
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     first = min((tmp_path / "source" / "test" / "b & c").iterdir())
     first.write_bytes(b"not an image")
-    whole, seen = report.look(run), report.look(tmp_path / "run")
-    assert len(seen.test) == len(seen.queries) == len(seen.truth) == len(whole.test) - 1
-    gone = [i for i in range(24) if i != whole.truth.tolist().index(1)]
-    assert torch.equal(seen.truth, whole.truth[gone])
-    torch.testing.assert_close(seen.queries, whole.queries[gone])
-    for mine, other in enumerate(gone):
-        pictures = report.thumbnail(seen.test, mine), report.thumbnail(whole.test, other)
+    whole, part = report.classify(run), report.classify(tmp_path / "run")
+    assert len(part.test) == len(part.queries) == len(part.truth) == len(whole.test) - 1
+    left = [i for i in range(24) if i != whole.truth.tolist().index(1)]
+    assert torch.equal(part.truth, whole.truth[left])
+    torch.testing.assert_close(part.queries, whole.queries[left])
+    for i, j in enumerate(left):
+        pictures = report.thumbnail(part.test, i), report.thumbnail(whole.test, j)
         assert pictures[0].tobytes() == pictures[1].tobytes()

@@ -1,58 +1,37 @@
-"""What is judged and what is kept of it; the commands on a small run."""
+"""What is judged, and its record; the kNN command on a small run."""
 
 import json
 import math
-import sys
 
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
 import eval.knn
 import eval.results
-from common import cli
-from common.data import Images
-from common.run import Run, read_json
-from eval.encoder import Input, build_seeded, metadata
+from common.data import ImageSplit
+from common.errors import UserError
+from common.files import read_json
+from eval.encoder import Preprocess
 from eval.features import digest_of, fingerprint
 from eval.results import confidence, measure_of, subjects, with_interval
-from simclr.config import RECIPES
+from tests.eval.harness import save_images, save_run
+from tests.helpers import evaluate
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder with an exported encoder, on 30 labelled images and 12 to test."""
-    from dataclasses import replace
-
+    """A run's folder with an exported encoder, on 30 labelled images and 12 to test."""
     folder = tmp_path_factory.mktemp("judged")
-    for split, count in (("train", 30), ("test", 12)):
-        for i in range(count):
-            path = folder / "source" / split / "abc"[i % 3] / f"{i:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            colour = [10 + i] * 3
-            colour[i % 3] = 200
-            Image.new("RGB", (16, 16), tuple(colour)).save(path)
-    cfg = replace(
-        RECIPES["demo"], data=str(folder / "source"), out=str(folder / "run"), batch_size=6, seed=9
-    )
-    made = Run(cfg, "simclr", "demo", Accelerator(cpu=True), 30, 5)
-    about = metadata("demo", "imagenet", Input.of(16), "some-row")
-    made.export(
-        5,
-        build_seeded({"arch": "demo", "stem": "imagenet"}),
-        nn.Sequential(nn.Linear(2, 2)),
-        **about,
-    )
-    return folder / "run"
+    source = save_images(folder / "source")
+    return save_run(folder / "run", data=str(source))
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    def call(main, *argv):
-        monkeypatch.setattr(sys, "argv", ["prog", *map(str, argv)])
-        cli.run(main)
+def command(capsys):
+    def call(module, *argv):
+        evaluate(module, *argv)
         return capsys.readouterr().out
 
     return call
@@ -63,7 +42,7 @@ def results(run):
 
 
 def test_knn_of_a_run_and_its_baselines(run, command):
-    shown = command(eval.knn.main, run, "--k", "5", "1000", "--baselines", "random", "pixels")
+    shown = command(eval.knn, run, "--k", "5", "1000", "--baselines", "random", "pixels")
     found = results(run)
     names = {f"knn{k}-{name}.json" for k in (5, 1000) for name in ("encoder", "random", "pixels")}
     assert found.keys() == names
@@ -73,18 +52,19 @@ def test_knn_of_a_run_and_its_baselines(run, command):
     assert row["top1"] == 100.0 and found["knn5-pixels.json"]["top1"] == 100.0
     assert row["train_images"] == 30 and row["test_images"] == 12
     assert row["method"] == "simclr" and row["recipe"] == "demo" and row["seed"] == 9
-    assert row["epochs"] == 1.0 and row["arch"] == "demo" and row["batch_size"] == 6
+    assert row["epochs"] == 1.0 and row["encoder"] == "demo" and row["batch_size"] == 6
+    assert "arch" not in row and "stem" not in row
     assert row["published"] == "some-row" and row["pretrained_at"] and row["seconds"] > 0
     assert {"command", "commit", "device", "versions", "started"} <= row["judged"].keys()
     assert "top5" not in row  # three classes
     assert row["interval"] == pytest.approx(confidence(100.0, 12))
-    # the random twin has the very weights that were exported here
+    # the random baseline has the very weights that were exported here
     assert found["knn5-random.json"]["top1"] == row["top1"]
 
 
 def test_other_data_is_said_in_the_name(run, command):
     before = results(run).keys()
-    command(eval.knn.main, run, "--k", "3", "--data", run.parent / "source" / "train")
+    command(eval.knn, run, "--k", "3", "--data", run.parent / "source" / "train")
     (new,) = results(run).keys() - before
     assert new.startswith("knn3-encoder-on-") and "source-train" in new
     assert results(run)[new]["data"].endswith("source/train")
@@ -95,21 +75,21 @@ def test_other_data_is_said_in_the_name(run, command):
 def test_features_are_computed_once(run, command, monkeypatch, capsys):
     calls, encode = [], eval.results.encode
     monkeypatch.setattr(
-        "eval.results.encode", lambda *given: calls.append(given[1].name) or encode(*given)
+        "eval.results.encode",
+        lambda *args: calls.append(args[1].name) or encode(*args),
     )
-    kept = run / "features"
-    for path in kept.glob("*"):
+    cache = run / "features"
+    for path in cache.glob("*"):
         path.unlink()
-    first = command(eval.knn.main, run, "--k", "3")
-    assert len(calls) == 2 and len(list(kept.iterdir())) == 2
-    assert command(eval.knn.main, run, "--k", "3") == first
+    first = command(eval.knn, run, "--k", "3")
+    assert len(calls) == 2 and len(list(cache.iterdir())) == 2
+    assert command(eval.knn, run, "--k", "3") == first
     assert len(calls) == 2
 
-    damaged = next(kept.iterdir())
+    damaged = next(cache.iterdir())
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-5])
-    monkeypatch.setattr(sys, "argv", ["prog", str(run), "--k", "3"])
-    eval.knn.main()
+    evaluate(eval.knn, run, "--k", "3")
     assert f"{damaged}: cannot be read" in capsys.readouterr().err
     assert len(calls) == 3 and damaged.read_bytes() == whole
 
@@ -117,34 +97,34 @@ def test_features_are_computed_once(run, command, monkeypatch, capsys):
     changed = source / "test" / "a" / "00.png"
     original = changed.read_bytes()
     Image.new("RGB", (16, 16), (200, 9, 9)).save(changed)
-    command(eval.knn.main, run, "--k", "3")
+    command(eval.knn, run, "--k", "3")
     assert len(calls) == 4 and "test" in calls[-1]  # the training images are as they were
     changed.write_bytes(original)
 
 
 @pytest.mark.parametrize("part", ["weight", "input", "layers"])
 def test_a_key_sees_what_features_depend_on(part):
-    images = Images("x", torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
-    network, given = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU()), Input(4)
-    before = digest_of(network, given, images)
-    assert digest_of(network, given, Images("y", images.encoded.clone())) == before
-    assert digest_of(network, given, Images("x", images.encoded[:1])) != before
+    images = ImageSplit("x", torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    network, preprocess = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU()), Preprocess(4)
+    before = digest_of(network, preprocess, images)
+    assert digest_of(network, preprocess, ImageSplit("y", images.encoded.clone())) == before
+    assert digest_of(network, preprocess, ImageSplit("x", images.encoded[:1])) != before
     if part == "weight":
         with torch.no_grad():
             network[0].weight[0, 0] += 1
     elif part == "input":
-        given = Input(4, crop=0.5)
+        preprocess = Preprocess(4, crop=0.5)
     else:
         network[1] = nn.Tanh()
-    assert digest_of(network, given, images) != before
+    assert digest_of(network, preprocess, images) != before
 
 
 def test_a_file_without_its_run_needs_data(run, command, tmp_path):
     path = tmp_path / "alone.safetensors"
     path.write_bytes((run / "encoder.safetensors").read_bytes())
-    shown = command(eval.knn.main, path, "--k", "3", "--data", run.parent / "source")
+    shown = command(eval.knn, path, "--k", "3", "--data", run.parent / "source")
     assert "Top-1 100.0" in shown and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(cli.UserError, match="--data SOURCE"):
+    with pytest.raises(UserError, match="--data SOURCE"):
         next(subjects(str(path), "", (), ""))
 
 
@@ -158,7 +138,7 @@ def test_subjects_share_their_images(run):
 
 def test_a_damaged_config_is_one_line(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"config": {}})[:-3])
-    with pytest.raises(cli.UserError, match=r"config\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
         next(subjects(str(tmp_path), "", (), ""))
 
 

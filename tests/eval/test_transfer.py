@@ -4,14 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from common.cli import UserError
-from common.data import Images
-from common.run import read_json
+from common.errors import UserError
+from common.files import read_json
 from eval import transfer
-from eval.encoder import Encoder, Input
-from eval.results import Subject
 from eval.transfer import Settings, fit, map11, mean_per_class, metric_of, scores
-from tests.eval.stopping import again, assert_same_records
+from tests.eval.harness import again, assert_same_records, coloured, subject_of
 
 
 def problem(count=200, width=5, classes=4):
@@ -52,27 +49,14 @@ def test_each_class_counts_alike():
     assert mean_per_class(found, labels) == 50.0 and transfer.top1(found, labels) == 75.0
 
 
-class Mean(nn.Module):
-    def forward(self, images):
-        return images.mean((2, 3))
-
-
-def coloured(count):
-    labels = torch.arange(count) % 3
-    pixels = torch.randint(60, (count, 3, 12, 12), generator=torch.Generator().manual_seed(count))
-    pixels[torch.arange(count), labels] += 150
-    return Images("coloured", pixels.byte(), labels, ("r", "g", "b"), store=pixels.byte())
-
-
 @pytest.mark.parametrize(("counts", "several"), [((2, 1), 0), ((4, 3), 0), ((2, 1), 1)])
 def test_a_few_images(tmp_path, monkeypatch, counts, several):
     monkeypatch.setattr(transfer, "open_validation", lambda source, classes: None)
-    splits = tuple(map(coloured, counts))
-    for images in splits if several else ():
+    subject = subject_of(tmp_path, counts=counts)
+    for images in subject.splits() if several else ():
         images.labels = torch.zeros(len(images), 3, dtype=torch.bool)
         images.labels[0, 0] = True
-    encoder = Encoder(Mean().eval(), Input(12), "encoder", {"method": "simclr"})
-    transfer.judge(Subject(encoder, "x", {}, tmp_path, {"data": "x"}, "cpu", splits), Settings())
+    transfer.judge(subject, Settings())
     (path,) = tmp_path.iterdir()
     row = read_json(path)
     assert 0 <= row["top1"] <= 100 and (row["train_images"], row["test_images"]) == counts
@@ -80,9 +64,7 @@ def test_a_few_images(tmp_path, monkeypatch, counts, several):
 
 def test_one_image_is_too_few(tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "open_validation", lambda source, classes: None)
-    encoder = Encoder(Mean().eval(), Input(12), "encoder", {"method": "simclr"})
-    splits = (coloured(1), coloured(3))
-    subject = Subject(encoder, "x", {}, tmp_path, {"data": "x"}, "cpu", splits)
+    subject = subject_of(tmp_path, counts=(1, 3))
     with pytest.raises(UserError, match="coloured: one image; none is left"):
         transfer.judge(subject, Settings())
 
@@ -91,10 +73,7 @@ def test_one_image_is_too_few(tmp_path, monkeypatch):
 def test_a_judgement(tmp_path, monkeypatch, own):
     validation = coloured(24) if own else None
     monkeypatch.setattr(transfer, "open_validation", lambda source, classes: validation)
-    config = {"data": "x", "batch_size": 8, "seed": 1}
-    encoder = Encoder(Mean().eval(), Input(12), "encoder", {"method": "simclr"})
-    splits = (coloured(60), coloured(30))
-    transfer.judge(Subject(encoder, "x", {}, tmp_path, config, "cpu", splits), Settings())
+    transfer.judge(subject_of(tmp_path, counts=(60, 30)), Settings())
     row = read_json(tmp_path / "transfer-linear-encoder.json")
     assert row["top1"] == row["mean_per_class"] == row["validation"] == 100.0
     assert row["train_images"] == (84 if own else 60) and row["test_images"] == 30
@@ -104,12 +83,9 @@ def test_a_judgement(tmp_path, monkeypatch, own):
 
 def test_stopped_and_started_again_it_ends_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "open_validation", lambda source, classes: None)
-    config = {"data": "x", "batch_size": 8, "seed": 1}
 
     def judge(folder):
-        encoder = Encoder(Mean().eval(), Input(12), "encoder", {"method": "simclr"})
-        splits = (coloured(60), coloured(30))
-        subject = Subject(encoder, "x", {}, tmp_path / folder, config, "cpu", splits)
+        subject = subject_of(tmp_path / folder, counts=(60, 30))
         transfer.judge(subject, Settings(iterations=5))
 
     judge("whole")
@@ -173,16 +149,11 @@ def test_binary_classifiers_against_scikit_learn(value):
 
 def test_a_judgement_of_several_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "open_validation", lambda source, classes: None)
-    splits = []
-    for count in (60, 30):
-        images = coloured(count)
-        own = images.labels
-        images.labels = torch.stack([own == 0, own == 1, own == 2, own != 1], dim=1)
+    subject = subject_of(tmp_path, counts=(60, 30))
+    for images in subject.splits():
+        labels = images.labels
+        images.labels = torch.stack([labels == 0, labels == 1, labels == 2, labels != 1], dim=1)
         images.classes = (*images.classes, "not g")
-        splits.append(images)
-    encoder = Encoder(Mean().eval(), Input(12), "encoder", {"method": "simclr"})
-    config = {"data": "x", "batch_size": 8, "seed": 1}
-    subject = Subject(encoder, "x", {}, tmp_path, config, "cpu", tuple(splits))
     transfer.judge(subject, Settings(iterations=50))
     row = read_json(tmp_path / "transfer-linear-map11-encoder.json")
     assert row["top1"] == pytest.approx(100.0) and row["metric"] == "map11"

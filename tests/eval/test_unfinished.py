@@ -30,7 +30,7 @@ def test_no_step_twice_and_none_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(unfinished, "PAUSE", 0.0)
     done, _ = run(tmp_path, last=4)
     assert done == [0, 1, 2, 3, 4]
-    done, _ = run(tmp_path, first=4, last=7)  # step 4 was done, but not kept before the stop
+    done, _ = run(tmp_path, first=4, last=7)  # step 4 was done, but not saved before the stop
     assert done == [0, 1, 2, 3, 4, 5, 6, 7]
     done, _ = run(tmp_path, first=7)
     assert done == list(range(10)) and not (tmp_path / "unfinished").exists()
@@ -50,13 +50,13 @@ def test_of_another_judgement_or_damaged(tmp_path, monkeypatch, capsys):
 def test_time_counts_on(tmp_path):
     one = Unfinished(tmp_path, "x", "k")
     one.began -= 100
-    one.keep(step=1)
+    one.save(step=1)
     assert Unfinished(tmp_path, "x", "k").seconds() == pytest.approx(100, abs=5)
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path):
     it = Unfinished(None, "x", "k")
-    it.keep(step=1)
+    it.save(step=1)
     it.remove()
     assert not list(tmp_path.iterdir())
 

@@ -3,31 +3,36 @@
 import math
 from collections import deque
 from copy import deepcopy
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco import pretrain
-from moco.config import CIFAR10, DEMO, MOCO_V1, MOCO_V2
+from common import encoders
+from moco.config import CIFAR10, MOCO_V1, MOCO_V2
 from moco.loss import contrastive_top1, info_nce
-from moco.model import MoCo, SplitBatchNorm, from_official, own, split_batchnorm
+from moco.model import MoCo, SplitBatchNorm, from_official, local_shard, split_batchnorm
+from moco.pretrain import permutation
 from tests.helpers import golden_json, rel, run_processes
-from tests.moco.harness import Tiny, with_encoder
+from tests.moco.harness import Tiny
 
 DOUBLE = torch.float64
-SMALL = replace(DEMO, dim=6, queue_size=10)
 
 
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def tiny(cfg=SMALL, dtype=DOUBLE, groups=1):
+def tiny(dtype=DOUBLE, groups=1, size=10):
     torch.manual_seed(0)
-    return split_batchnorm(with_encoder(cfg, Tiny), groups).to(dtype)
+    return split_batchnorm(MoCo(Tiny, dim=6, queue_size=size), groups).to(dtype)
+
+
+def of_recipe(cfg, queue_size=2):
+    name = encoders.full_name(cfg.arch, cfg.stem)
+    return MoCo(partial(encoders.build, name), cfg.head, cfg.dim, queue_size)
 
 
 def noise(*shape, seed=0, dtype=DOUBLE):
@@ -46,20 +51,20 @@ def noise(*shape, seed=0, dtype=DOUBLE):
     ],
 )
 def test_sizes(cfg, head, network):
-    model = MoCo(replace(cfg, queue_size=2))
+    model = of_recipe(cfg)
     assert count(model.encoder_q.head) == head
     assert count(model.encoder_q) == count(model.encoder_k) == network
     assert not any(p.requires_grad for p in model.encoder_k.parameters())
 
 
 def test_key_network_starts_as_a_copy():
-    model = MoCo(SMALL)
+    model = tiny()
     for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
         assert torch.equal(q, k) and q.data_ptr() != k.data_ptr()
 
 
 def test_initial_weights_are_torchvisions():
-    model = MoCo(replace(MOCO_V1, queue_size=2)).encoder_q.encoder
+    model = of_recipe(MOCO_V1).encoder_q.encoder
     conv = model.layer3[0].conv2.weight  # Kaiming normal, fan out
     assert abs(conv.std().item() / math.sqrt(2 / (9 * 256)) - 1) < 0.02
     assert all((bn.weight == 1).all() for bn in model.modules() if isinstance(bn, nn.BatchNorm2d))
@@ -87,7 +92,7 @@ def test_official_checkpoints_load(name, cfg):
     given = {key: torch.zeros(shape, dtype=getattr(torch, kind[6:])) for key, shape, kind in listed}
     assert len(given) > 640
     mapped = from_official(given)
-    model = MoCo(cfg)
+    model = of_recipe(cfg, cfg.queue_size)
     ours = model.state_dict()
     assert {k: (v.shape, v.dtype) for k, v in mapped.items()} == {
         k: (v.shape, v.dtype) for k, v in ours.items()
@@ -107,29 +112,16 @@ def test_key_update(momentum):
     for p in model.encoder_k.parameters():
         nn.init.zeros_(p)
     for k in range(1, 8):
-        model.update_key(momentum)
+        model.momentum_update(momentum)
         for p in model.encoder_k.parameters():
             assert (p - (1 - momentum**k)).abs().max() < 1e-14
-
-
-def test_key_update_is_one_fused_call(monkeypatch):
-    model, calls = tiny(), []
-    fused = torch._foreach_lerp_
-
-    def counted(*args):
-        calls.append(len(args[0]))
-        fused(*args)
-
-    monkeypatch.setattr(torch, "_foreach_lerp_", counted)
-    model.update_key(0.9)
-    assert calls == [len(list(model.encoder_k.parameters()))]
 
 
 def test_key_update_leaves_statistics_alone():
     model = tiny()
     model.encoder_q(noise(4, 3, 5, 5))
     before = {k: v.clone() for k, v in model.encoder_k.named_buffers()}
-    model.update_key(0.5)
+    model.momentum_update(0.5)
     after = dict(model.encoder_k.named_buffers())
     assert before and all(torch.equal(before[k], after[k]) for k in before)
     assert not torch.equal(
@@ -139,7 +131,7 @@ def test_key_update_leaves_statistics_alone():
 
 def test_key_network_trains_its_own_statistics_without_gradient():
     model = tiny()
-    keys = model.keys(noise(4, 3, 5, 5), torch.randperm(4))
+    keys = model.encode_keys(noise(4, 3, 5, 5), torch.randperm(4))
     assert not keys.requires_grad
     assert model.encoder_k.encoder.bn1.num_batches_tracked == 1
     assert model.encoder_q.encoder.bn1.num_batches_tracked == 0
@@ -152,11 +144,11 @@ def test_key_network_trains_its_own_statistics_without_gradient():
     "size, batches", [(10, [4] * 9), (10, [3, 7, 1, 10, 4]), (5, [12, 3, 26, 5])]
 )
 def test_queue_is_a_deque(size, batches):
-    model = MoCo(replace(SMALL, dim=3, queue_size=size)).double()
+    model = tiny(size=size)
     oracle, seen = deque(maxlen=size), 0
     for n, batch in enumerate(batches):
-        keys = noise(batch, 3, seed=n)
-        model.enqueue(keys)
+        keys = noise(batch, 6, seed=n)
+        model.dequeue_and_enqueue(keys)
         oracle.extend(keys.tolist())
         seen += batch
         assert model.queue_ptr.item() == seen % size
@@ -167,9 +159,9 @@ def test_queue_is_a_deque(size, batches):
 
 
 def test_unfilled_part_of_the_queue_is_untouched():
-    model = MoCo(SMALL)
+    model = tiny(torch.float32)
     before = model.queue.clone()
-    model.enqueue(noise(4, 6))
+    model.dequeue_and_enqueue(noise(4, 6))
     assert torch.equal(model.queue[:, 4:], before[:, 4:])
     assert model.queue.dtype == torch.float32  # whatever the keys are
     assert model.queue_fill.item() == 4
@@ -177,10 +169,10 @@ def test_unfilled_part_of_the_queue_is_untouched():
 
 def test_a_batch_is_not_among_its_own_negatives():
     """With the keys of the batch in the queue already, the loss would be at least log 2."""
-    model = MoCo(SMALL)
+    model = tiny(torch.float32)
     keys = F.normalize(noise(4, 6).float(), dim=1)
     early, _ = info_nce(keys, keys, model.queue, 0.01)
-    model.enqueue(keys)
+    model.dequeue_and_enqueue(keys)
     late, _ = info_nce(keys, keys, model.queue, 0.01)
     assert late > math.log(2) > early
 
@@ -212,13 +204,49 @@ def test_groups_are_networks_of_their_own(groups):
 
 
 def test_conversion_keeps_names_and_tensors():
-    model = MoCo(SMALL)
+    model = MoCo(partial(encoders.build, "demo"), queue_size=10)
     before = model.state_dict(keep_vars=True)
     after = split_batchnorm(model, 4).state_dict(keep_vars=True)
     assert list(before) == list(after)
     assert all(before[k] is after[k] for k in before)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and all(isinstance(m, SplitBatchNorm) and m.groups == 4 for m in norms)
+    assert len(norms) == 8 and all(type(m) is SplitBatchNorm and m.groups == 4 for m in norms)
+
+
+def test_batchnorm_of_vectors_is_cut_too():
+    """(B, C) as well as (B, C, H, W), in one network."""
+
+    def network():
+        torch.manual_seed(0)
+        maps = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten()
+        return nn.Sequential(*maps, nn.Linear(45, 7), nn.BatchNorm1d(7)).double()
+
+    cut, plain, x = split_batchnorm(network(), 2), network(), noise(8, 3, 5, 5)
+    parts = [plain(part) for part in x.chunk(2)]
+    assert rel(cut(x), torch.cat(parts)) < 1e-12
+    assert rel(cut(x), plain(x)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_100"])
+def test_networks_of_timm(name):
+    """In one group they are what they were, bit for bit; their BatchNorm also has an activation,
+    and cannot be cut into groups without losing it."""
+    pytest.importorskip("timm")
+    model = MoCo(partial(encoders.build, f"timm:{name}"), queue_size=2)
+    untouched = encoders.build(f"timm:{name}")
+    untouched.load_state_dict(model.encoder_q.encoder.state_dict())
+    assert split_batchnorm(model, 1) is model
+    for branch in (model.encoder_q, model.encoder_k):
+        for step in range(2):
+            images = noise(4, 3, 64, 64, seed=step, dtype=torch.float32)
+            outputs = []
+            for network in (branch.encoder.train(), untouched.train()):
+                torch.manual_seed(step)  # of dropout and stochastic depth
+                outputs.append(network(images))
+            assert torch.equal(*outputs) and outputs[0].std() > 0
+        untouched.load_state_dict(model.encoder_k.encoder.state_dict())
+    with pytest.raises(ValueError, match="a BatchNormAct2d does more than BatchNorm"):
+        split_batchnorm(model, 2)
 
 
 def test_evaluation_is_plain_batchnorm():
@@ -240,30 +268,30 @@ class Flat(nn.Module):
 
 
 def test_keys_come_back_in_order():
-    model = with_encoder(SMALL, Flat).double()
+    model = MoCo(Flat, queue_size=10).double()
     for branch in (model.encoder_q, model.encoder_k):
         branch.head = nn.Sequential()
     images = noise(9, 6, 1, 1)
-    for seed in range(5):
-        keys = model.keys(images, pretrain.permutation(replace(SMALL, batch_size=9), seed, 0))
+    for step in range(5):
+        keys = model.encode_keys(images, permutation(1, 9, step, 0))
         assert torch.equal(keys, F.normalize(images.flatten(1), dim=1))
 
 
 def test_groups_of_the_shuffled_keys_are_slices_of_the_permutation():
     model, plain = tiny(groups=2), tiny(groups=1)
-    images, permutation = noise(8, 3, 5, 5), torch.tensor([3, 1, 6, 0, 7, 2, 5, 4])
-    keys = model.keys(images, permutation)
-    for part in permutation.chunk(2):
+    images, order = noise(8, 3, 5, 5), torch.tensor([3, 1, 6, 0, 7, 2, 5, 4])
+    keys = model.encode_keys(images, order)
+    for part in order.chunk(2):
         assert rel(keys[part], plain.encoder_k(images[part])[0]) < 1e-12
 
 
 def test_permutation_of_a_step():
-    cfg = replace(SMALL, batch_size=64)
-    drawn = [pretrain.permutation(cfg, step, i) for step in (0, 1) for i in (0, 1)]
-    drawn.append(pretrain.permutation(replace(cfg, seed=2), 0, 0))
+    """Another one for every seed, step and direction."""
+    wanted = [(1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1), (2, 0, 0)]
+    drawn = [permutation(seed, 64, step, direction) for seed, step, direction in wanted]
     assert all(sorted(p.tolist()) == list(range(64)) for p in drawn)
     assert len({tuple(p.tolist()) for p in drawn}) == 5
-    assert torch.equal(drawn[0], pretrain.permutation(cfg, 0, 0))
+    assert torch.equal(drawn[0], permutation(1, 64, 0, 0))
 
 
 class Leak(nn.Module):
@@ -285,8 +313,8 @@ class Leak(nn.Module):
 
 def accuracy_of_the_leak(groups, shuffle, steps=24, batch=64):
     """Contrastive accuracy of `Leak` once the queue is full of keys."""
-    cfg = replace(SMALL, dim=16, queue_size=8 * batch, batch_size=batch)
-    model = with_encoder(cfg, Leak)
+    torch.manual_seed(0)
+    model = MoCo(Leak, dim=16, queue_size=8 * batch)
     for branch in (model.encoder_q, model.encoder_k):
         branch.head = nn.Sequential()
     split_batchnorm(model, groups)
@@ -295,16 +323,16 @@ def accuracy_of_the_leak(groups, shuffle, steps=24, batch=64):
         images = noise(batch, 16, 1, 2, seed=step, dtype=torch.float32)
         images[..., 0] = 0
         (q,) = model.encoder_q(images)
-        k = model.keys(images, shuffle(cfg, step, 0))
-        _, logits = info_nce(q, own(k), model.queue, cfg.temperature)
-        model.enqueue(k)
+        k = model.encode_keys(images, shuffle(1, batch, step, 0))
+        _, logits = info_nce(q, local_shard(k), model.queue, 0.1)
+        model.dequeue_and_enqueue(k)
         if step >= 8:
             hits.append(contrastive_top1(logits).item())
     return sum(hits) / len(hits)
 
 
-def no_shuffle(cfg, step, i):
-    return torch.arange(cfg.batch_size)
+def no_shuffle(seed, size, step, direction):
+    return torch.arange(size)
 
 
 def test_without_the_shuffle_batch_statistics_give_the_answer_away():
@@ -313,38 +341,34 @@ def test_without_the_shuffle_batch_statistics_give_the_answer_away():
 
 def test_with_the_shuffle_they_do_not():
     """By pretrain's own permutation; were that the identity, the accuracy would be 1."""
-    assert accuracy_of_the_leak(8, pretrain.permutation) < 0.15
+    assert accuracy_of_the_leak(8, permutation) < 0.15
 
 
 def test_one_group_of_all_images_is_no_substitute():
     """As SyncBatchNorm would be: then the shuffle has nothing to hide."""
-    assert accuracy_of_the_leak(1, pretrain.permutation) > 0.98
+    assert accuracy_of_the_leak(1, permutation) > 0.98
 
 
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def keys_on(rank, world, groups, state, images, permutation):
+def keys_on(rank, world, groups, state, images, order):
     """A forward of each network on this process's share; keys, queue and statistics after it."""
     model = tiny(groups=groups // world)
     model.load_state_dict(state)
     mine = images.chunk(world)[rank]
     (q,) = model.encoder_q(mine)
-    keys = model.keys(mine, permutation)
-    model.enqueue(keys)
+    keys = model.encode_keys(mine, order)
+    model.dequeue_and_enqueue(keys)
     model.average_statistics()
-    return q.detach(), own(keys), model.state_dict()
+    return q.detach(), local_shard(keys), model.state_dict()
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_are_groups(world):
     """G groups on one process are G / R on each of R: queries, keys, queue, statistics."""
-    images, permutation = (
-        noise(16, 3, 5, 5),
-        pretrain.permutation(replace(SMALL, batch_size=16), 3, 0),
-    )
     state = deepcopy(tiny().state_dict())
-    args = (4, state, images, permutation)
+    args = (4, state, noise(16, 3, 5, 5), permutation(1, 16, 3, 0))
     q, k, after = keys_on(0, 1, *args)
     results = run_processes(keys_on, world, *args)
     assert rel(torch.cat([r[0] for r in results]), q) < 1e-12

@@ -7,19 +7,27 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from moco.config import CIFAR10, DEMO, MOCO_V1, MOCO_V2
+from moco.config import CIFAR10, MOCO_V1, MOCO_V2
 from moco.model import MoCo
 from moco.optim import lr_at, sgd, total_steps
+from tests.moco.harness import Tiny
 
 IMAGENET = 1_281_167
 
 
 def test_weight_decay_reaches_every_parameter():
-    network = MoCo(replace(DEMO, queue_size=4)).encoder_q
-    optimizer = sgd(network, MOCO_V1)
+    """And no setting is another's: momentum, decay, none of SGD's variants."""
+    network = MoCo(Tiny, queue_size=4).encoder_q
+    cfg = replace(MOCO_V1, momentum=0.8, weight_decay=0.02)  # as no recipe has them
+    optimizer = sgd(network, cfg)
+    assert type(optimizer) is torch.optim.SGD
     (group,) = optimizer.param_groups
-    assert {id(p) for p in group["params"]} == {id(p) for p in network.parameters()}
-    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
+    assert [id(p) for p in group["params"]] == [id(p) for p in network.parameters()]
+    assert (group["momentum"], group["weight_decay"], group["dampening"]) == (0.8, 0.02, 0)
+    assert not group["nesterov"] and not group["maximize"]
+    for recipe in (MOCO_V1, MOCO_V2, CIFAR10):
+        (group,) = sgd(network, recipe).param_groups
+        assert (group["momentum"], group["weight_decay"]) == (0.9, recipe.weight_decay)
 
 
 def test_against_the_rule():
@@ -43,15 +51,14 @@ def test_against_the_rule():
 def test_an_overflow_is_reported():
     """Accelerate's wrapper over the real scaler: with a fused optimiser it would be hidden."""
     Accelerator(cpu=True)
-    cfg = replace(DEMO, queue_size=8)
-    network = MoCo(cfg).encoder_q
+    network = MoCo(Tiny, queue_size=8).encoder_q
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    optimizer = AcceleratedOptimizer(sgd(network, cfg), scaler=scaler)
+    optimizer = AcceleratedOptimizer(sgd(network, MOCO_V1), scaler=scaler)
     optimizer.param_groups[0]["lr"] = 1.0
     weight = network.head[0].weight
     for factor, skipped in ((1.0, False), (torch.inf, True), (1.0, False)):
         before = weight.detach().clone()
-        scaler.scale(network.head[0](torch.ones(2, 128)).square().sum() * factor).backward()
+        scaler.scale(network.head[0](torch.ones(2, 4)).square().sum() * factor).backward()
         optimizer.step()
         optimizer.zero_grad()
         assert optimizer.step_was_skipped == skipped
@@ -61,7 +68,7 @@ def test_an_overflow_is_reported():
 def test_epochs_end_at_their_last_whole_batch():
     assert total_steps(MOCO_V1, IMAGENET) == 200 * 5004
     assert total_steps(CIFAR10, 50_000) == 200 * 97
-    assert total_steps(replace(CIFAR10, epochs=1e-9), 50_000) == 1
+    assert total_steps(replace(CIFAR10, epochs=1e-6), 50_000) == 1
 
 
 @pytest.mark.parametrize(

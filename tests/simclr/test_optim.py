@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from common import encoders
 from simclr.config import CIFAR10, CIFAR10_R50, IMAGENET_100, IMAGENET_V2, Config
 from simclr.model import SimCLR
-from simclr.optim import ETA, LARS, lr_at, parameter_groups, total_steps
+from simclr.optim import ETA, LARS, lars, lr_at, parameter_groups, total_steps
 from tests.helpers import golden, rel
 
 IMAGENET, CIFAR = 1_281_167, 50_000  # training images
@@ -51,7 +52,7 @@ def run_lars(run):
         {
             "params": [param],
             "weight_decay": 0.0 if re.search(no_decay, str(data[f"name/{p}"])) else decay,
-            "adapt": not re.search(no_adapt, str(data[f"name/{p}"])),
+            "lars_adaptation": not re.search(no_adapt, str(data[f"name/{p}"])),
         }
         for p, param in params.items()
     ]
@@ -102,13 +103,13 @@ def test_golden_tells_the_runs_apart():
             assert rel(data[f"{other}/conv_kernel"], first) > 3e-5, other
 
 
-def scalar_lars(w, grads, rates, decay, adapt, momentum=0.9, eta=0.001):
+def scalar_lars(w, grads, rates, decay, lars_adaptation, momentum=0.9, eta=0.001):
     """lars_optimizer.py:83-143 with classic momentum, over Python floats."""
     v = [0.0] * len(w)
     for grad, lr in zip(grads, rates, strict=True):
         g = [gi + decay * wi for gi, wi in zip(grad, w, strict=True)]
         trust = 1.0
-        if adapt:
+        if lars_adaptation:
             w_norm, g_norm = math.hypot(*w), math.hypot(*g)
             trust = eta * w_norm / g_norm if w_norm > 0 and g_norm > 0 else 1.0
         v = [momentum * vi + lr * trust * gi for vi, gi in zip(v, g, strict=True)]
@@ -116,9 +117,9 @@ def scalar_lars(w, grads, rates, decay, adapt, momentum=0.9, eta=0.001):
     return w
 
 
-def our_lars(w, grads, rates, decay, adapt, momentum=0.9, eta=0.001):
+def our_lars(w, grads, rates, decay, lars_adaptation, momentum=0.9, eta=0.001):
     param = nn.Parameter(torch.tensor(w, dtype=torch.float64))
-    group = {"params": [param], "weight_decay": decay, "adapt": adapt}
+    group = {"params": [param], "weight_decay": decay, "lars_adaptation": lars_adaptation}
     optimizer = LARS([group], momentum, eta)
     for grad, lr in zip(grads, rates, strict=True):
         param.grad = torch.tensor(grad, dtype=torch.float64)
@@ -127,15 +128,15 @@ def our_lars(w, grads, rates, decay, adapt, momentum=0.9, eta=0.001):
     return param.tolist()
 
 
-@pytest.mark.parametrize("adapt", [True, False])
+@pytest.mark.parametrize("lars_adaptation", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 1e-6, 0.1])
 @pytest.mark.parametrize("momentum, eta", [(0.9, 0.001), (0.5, 0.02)])
-def test_scalar_transcription(adapt, decay, momentum, eta):
+def test_scalar_transcription(lars_adaptation, decay, momentum, eta):
     generator = torch.Generator().manual_seed(0)
     w, *grads = torch.randn(21, 5, dtype=torch.float64, generator=generator).tolist()
     rates = [0.3 * step / 10 if step < 10 else 0.3 * (20 - step) / 10 for step in range(20)]
-    expected = scalar_lars(w, grads, rates, decay, adapt, momentum, eta)
-    assert our_lars(w, grads, rates, decay, adapt, momentum, eta) == pytest.approx(
+    expected = scalar_lars(w, grads, rates, decay, lars_adaptation, momentum, eta)
+    assert our_lars(w, grads, rates, decay, lars_adaptation, momentum, eta) == pytest.approx(
         expected, rel=1e-12
     )
 
@@ -168,7 +169,7 @@ def test_a_zero_norm_gives_trust_one(w, grad, decay):
 
 def test_parameters_without_gradient_stay():
     a, b = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
-    optimizer = LARS([{"params": [a, b], "weight_decay": 0.1, "adapt": True, "lr": 1.0}])
+    optimizer = LARS([{"params": [a, b], "weight_decay": 0.1, "lars_adaptation": True, "lr": 1.0}])
     a.grad = torch.ones(2, 2)
     optimizer.step()
     assert not torch.equal(a, torch.ones(2, 2)) and torch.equal(b, torch.ones(2, 2))
@@ -200,11 +201,15 @@ def test_state_survives_a_checkpoint():
 
 
 @pytest.mark.parametrize("cfg", [CIFAR10, CIFAR10_R50, IMAGENET_V2], ids=lambda cfg: cfg.published)
-def test_parameter_groups(cfg):
-    model = SimCLR(cfg)
-    adapted, plain = parameter_groups(model, cfg.weight_decay)
-    assert (adapted["weight_decay"], adapted["adapt"]) == (cfg.weight_decay, True)
-    assert (plain["weight_decay"], plain["adapt"]) == (0.0, False)
+def test_settings_of_a_runs_optimizer(cfg):
+    cfg = replace(cfg, momentum=0.8)  # as no recipe has it
+    model = SimCLR(encoders.build(cfg.arch), cfg.head_layers, cfg.head_dim)
+    optimizer = lars(model, cfg)
+    assert type(optimizer) is LARS
+    adapted, plain = optimizer.param_groups
+    assert all((group["momentum"], group["eta"]) == (0.8, 0.001) for group in (adapted, plain))
+    assert (adapted["weight_decay"], adapted["lars_adaptation"]) == (cfg.weight_decay, True)
+    assert (plain["weight_decay"], plain["lars_adaptation"]) == (0.0, False)
     weights, normalisation = [], []
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

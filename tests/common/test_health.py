@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from eval.health import diagnosis, panel
+from common.health import collapse_warning, embedding_metrics
 
 
 def normal(n, d, seed=0):
@@ -47,7 +47,7 @@ def slow_panel(z1, z2):
 def test_against_loops(n, d):
     z1 = normal(n, d, 1) * 3 + 0.5
     z2 = z1 + 0.3 * normal(n, d, 2)
-    figures, expected = panel(z1, z2), slow_panel(z1, z2)
+    figures, expected = embedding_metrics(z1, z2), slow_panel(z1, z2)
     assert figures.keys() == expected.keys()
     for name, value in expected.items():
         tolerance = 1e-5 if name == "effective_rank" else 1e-10  # its singular values by a square
@@ -55,41 +55,43 @@ def test_against_loops(n, d):
 
 
 def test_one_point():
-    figures = panel(torch.ones(16, 8), 3 * torch.ones(16, 8))
+    figures = embedding_metrics(torch.ones(16, 8), 3 * torch.ones(16, 8))
     assert figures["feature_std"] == pytest.approx(0, abs=1e-12)
     assert figures["effective_rank"] == pytest.approx(1, abs=1e-6)
     assert figures["uniformity"] == pytest.approx(0, abs=1e-12)
     assert figures["alignment"] == pytest.approx(0, abs=1e-12)
-    assert "nearly one point" in diagnosis(figures)
+    assert "nearly one point" in collapse_warning(figures)
 
 
 def test_two_opposite_points_are_one_line():
     z = torch.ones(16, 8) * torch.tensor([1.0, -1.0]).repeat(8)[:, None]
-    figures = panel(z, z)
+    figures = embedding_metrics(z, z)
     assert figures["effective_rank"] == pytest.approx(1, abs=1e-6)
-    assert "on one line" in diagnosis(figures)
+    assert "on one line" in collapse_warning(figures)
 
 
 def test_spread_evenly_over_the_sphere():
     n, d = 1500, 24
     z = normal(n, d)
-    figures = panel(z, z + 0.01 * normal(n, d, 1))
+    figures = embedding_metrics(z, z + 0.01 * normal(n, d, 1))
     assert figures["feature_std"] == pytest.approx(1, abs=0.01)
     assert figures["effective_rank"] > 0.98 * d
     assert figures["alignment"] < 1e-3
     # the mean of exp(-2 |x - y|^2) = exp(-4 + 4 x.y), where x.y is nearly normal(0, 1 / d)
     assert figures["uniformity"] == pytest.approx(-4 + 8 / d, abs=0.03)
-    assert diagnosis(figures) is None
-    assert panel(z, -z)["alignment"] == pytest.approx(4)
-    assert panel(z, normal(n, d, 2))["alignment"] == pytest.approx(2, abs=0.1)
+    assert collapse_warning(figures) is None
+    assert embedding_metrics(z, -z)["alignment"] == pytest.approx(4)
+    assert embedding_metrics(z, normal(n, d, 2))["alignment"] == pytest.approx(2, abs=0.1)
 
 
 def test_length_does_not_matter_and_single_precision_is_welcome():
     z1, z2 = normal(20, 6), normal(20, 6, 1)
     lengths = 0.1 + torch.rand(20, 1)
-    assert panel(z1 * lengths, z2) == pytest.approx(panel(z1, z2), rel=1e-9)
+    assert embedding_metrics(z1 * lengths, z2) == pytest.approx(embedding_metrics(z1, z2), rel=1e-9)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
-        assert panel(z1.to(dtype), z2.to(dtype)) == pytest.approx(panel(z1, z2), rel=tolerance)
+        assert embedding_metrics(z1.to(dtype), z2.to(dtype)) == pytest.approx(
+            embedding_metrics(z1, z2), rel=tolerance
+        )
 
 
 class OnMps:
@@ -106,18 +108,18 @@ class OnMps:
 
 def test_a_device_without_double_precision():
     z1, z2 = normal(6, 4).float(), normal(6, 4, 1).float()
-    assert panel(OnMps(z1), OnMps(z2)) == panel(z1, z2)
+    assert embedding_metrics(OnMps(z1), OnMps(z2)) == embedding_metrics(z1, z2)
 
 
 def test_a_diagnosis_is_one_line_with_a_hint_and_only_where_there_is_one():
     well = {"feature_std": 0.9, "uniformity": -3.0, "effective_rank": 20.0, "alignment": 0.3}
-    assert diagnosis(well) is None
+    assert collapse_warning(well) is None
     for ill in ({"feature_std": 0.05}, {"uniformity": -0.01}, {"effective_rank": 1.2}):
-        line = diagnosis(well | ill)
+        line = collapse_warning(well | ill)
         assert line.startswith("COLLAPSE") and "Usual causes" in line and "\n" not in line
 
 
 def test_healthy_at_a_small_batch():
     for seed in range(20):
         z = normal(32, 64, seed)
-        assert diagnosis(panel(z, z + 0.3 * normal(32, 64, 100 + seed))) is None
+        assert collapse_warning(embedding_metrics(z, z + 0.3 * normal(32, 64, 100 + seed))) is None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def panel(z1: Tensor, z2: Tensor) -> dict[str, float]:
+def embedding_metrics(z1: Tensor, z2: Tensor) -> dict[str, float]:
     """Health of two views' embeddings, (N, D) each, normalised here.
 
     - feature_std: mean deviation of a coordinate of unit vectors times sqrt(D); 1 where they are
@@ -35,7 +35,7 @@ def panel(z1: Tensor, z2: Tensor) -> dict[str, float]:
     }
 
 
-def diagnosis(figures: dict[str, float]) -> str | None:
+def collapse_warning(figures: dict[str, float]) -> str | None:
     """What is wrong, with a hint, or None: all embeddings are (nearly) one point or one line."""
     if figures["feature_std"] < 0.1 or figures["uniformity"] > -0.1:
         what = f"all embeddings are nearly one point (feature_std {figures['feature_std']:.3f})"

@@ -1,0 +1,127 @@
+"""What every run has, whatever its method; and `config.json`, the record of all its settings."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from common.errors import UserError
+from common.files import read_json
+
+TINY = 1e-6  # the least of what must be more than 0
+
+C = TypeVar("C")
+Recipe = tuple[C, dict[str, Any]]  # a method's config, and the run's settings that it needs changed
+
+
+def fixed(default: Any) -> Any:
+    """A setting that must stay what it was when a run goes on."""
+    return dataclasses.field(default=default, metadata={"fixed": True})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How to run it: the same for every method."""
+
+    out: str = ""  # folder of this run; the same command given again goes on there
+    seed: int = fixed(1)  # seed of initial weights, order of the images and views
+    split: str = fixed("train")  # split of the data to train on
+    image_column: str | None = fixed(None)  # column of the images, where a table has several
+    label_column: str | None = fixed(None)  # column of the labels, which only the online kNN uses
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = fixed("fp32")  # precision of the networks
+    compile: bool = False  # torch.compile the encoders: a minute, for 3 % on a CPU
+    processes: int = 0  # refuse to start unless so many were launched; 0: any number
+    workers: int = 8  # decoding processes, where the images do not fit in memory
+    memory_gb: float = 4.0  # decode once and keep the pixels if they need less than this
+    log_every: int = 20  # steps between logged ones
+    save_every: float = 1  # epochs between checkpoints
+    knn_every: float = 10  # epochs between measurements by the online kNN; 0: never
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)  # where to log to
+
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """The columns of a table, as `open_images` takes them."""
+        return {"image_column": self.image_column, "label_column": self.label_column}
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            seed=(0, 2**32 - 1),  # NumPy's bounds
+            processes=(0, math.inf),
+            workers=(0, 1_000),
+            memory_gb=(0, math.inf),
+            log_every=(1, math.inf),
+            save_every=(0, math.inf),
+            knn_every=(0, math.inf),
+        )
+
+
+def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
+    """Check that each named field, or each number of it, is finite and from least to most.
+
+    Twin: simclr/config.py, moco/config.py, byol/config.py.
+
+    Raises:
+        ValueError: one is not; the message names its flag.
+    """
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not (least <= number <= most and abs(number) != math.inf):
+                bound = f"from {least:,}" + (f" to {most:,}" if most < math.inf else " upwards")
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {number}: must be a number {bound}")
+
+
+# ---- config.json ---------------------------------------------------------------------------------
+
+
+def flat(cfg: Any, run_cfg: RunConfig) -> dict[str, Any]:
+    """Both configs as one dictionary, as JSON has it."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg) | dataclasses.asdict(run_cfg)))
+
+
+def old_names(kind: type) -> dict[str, str]:
+    """The former names of fields, which say so: `field(default=0, metadata={"was": "chunk"})`."""
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    return {f.metadata["was"]: f.name for f in fields if "was" in f.metadata}
+
+
+def overridden(cfg: Any, run_cfg: RunConfig, recipe: Recipe) -> list[str]:
+    """The settings that are not their recipe's own."""
+    own = flat(recipe[0], dataclasses.replace(RunConfig(out=run_cfg.out), **recipe[1]))
+    return [key for key, value in flat(cfg, run_cfg).items() if own[key] != value]
+
+
+def refuse_other(
+    folder: Path, method: str, settings: dict[str, Any], renamed: dict[str, str]
+) -> None:
+    """Refuse to go on in a folder that holds a run of other settings.
+
+    A setting that an older run does not have, as it did not exist, is taken to be the same.
+
+    Args:
+        renamed: former names of settings, and their names now.
+
+    Raises:
+        UserError: with what differs; or the folder's record is not one of a run.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    try:
+        record = read_json(path)
+        old = {renamed.get(key, key): value for key, value in record["config"].items()}
+        old["method"], new = record["method"], settings | {"method": method}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not of a run; give another --out") from error
+    free = {f.name for f in dataclasses.fields(RunConfig) if "fixed" not in f.metadata}
+    differ = [key for key in new if key not in free and old.get(key, new[key]) != new[key]]
+    if differ:
+        what = ", ".join(f"{key} {old[key]!r} (now {new[key]!r})" for key in differ)
+        raise UserError(
+            f"--out {folder}: holds a run made with {what}; "
+            "give the same settings to go on with it, or another folder"
+        )

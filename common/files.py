@@ -1,0 +1,94 @@
+"""Files that a kill cannot tear: each is written aside, and then renamed."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from common.errors import UserError
+
+
+@contextlib.contextmanager
+def naming(target: Path) -> Iterator[None]:
+    """An error of the block as one that names `target`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises a RuntimeError
+        if str(error).startswith("DataLoader worker"):  # it was killed, which is told at any moment
+            raise
+        reason = str(error).partition("\n")[0][:200]
+        if "inline_container" in reason:  # torch.save's words, which do not name the cause
+            reason = "the disk is full, or gone"
+        raise UserError(
+            f"{target}: cannot be written ({reason}); once it can, give the same command again"
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_write(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write to, renamed to `target` once it is whole and on the disk.
+
+    Raises:
+        UserError: it cannot be written; what was there before stays.
+    """
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with naming(target):
+            yield aside
+            with open(aside, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, target)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(target: Path, content: bytes) -> None:
+    """`content` as the whole of `target`."""
+    with atomic_write(target) as aside:
+        aside.write_bytes(content)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill within `atomic_write` has left in `folder`."""
+    for path in folder.glob(".*.[0-9]*"):
+        if path.suffix[1:].isdigit():
+            path.unlink()
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a line to a file of JSON lines."""
+    with naming(path), open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def keep_rows_before(path: Path, step: int) -> None:
+    """Keep the whole lines of steps before `step`: the others will be written again."""
+    if not path.exists():
+        return
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):  # a line torn by a kill
+            if json.loads(line)["step"] < step and line.endswith(b"\n"):
+                rows.append(line)
+    atomic_write_bytes(path, b"".join(rows))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error

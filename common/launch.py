@@ -1,0 +1,128 @@
+"""Starting the processes of a run, stopping them together, and where a result comes from."""
+
+import contextlib
+import datetime
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchvision
+from accelerate import Accelerator
+
+from common.config import RunConfig
+
+
+def launch(run_cfg: RunConfig, one_thread: bool = False) -> Accelerator:
+    """The accelerator of this process.
+
+    On GPUs convolutions of float32 are TF32 (torch's default: 10 bits of mantissa), and the fastest
+    of cudnn's; matrix products, and so views, similarities and LARS, are float32.
+
+    Args:
+        one_thread: compute on one thread, unless `OMP_NUM_THREADS` is set. Operations of a small
+            network are so short that two threads mostly wait for each other at barriers, and where
+            another process takes a core they do little else (1,400 pairs/s fell to 40).
+    """
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+    mixed = run_cfg.precision if run_cfg.precision in ("bf16", "fp16") else "no"
+    accelerator = Accelerator(cpu=not accelerated, mixed_precision=mixed)
+    accelerator.gradient_accumulation_steps = 1  # an environment variable would divide the loss
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # all steps have the same shapes
+    if one_thread and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    if not accelerated:
+        # Once 31 MiB are freed, glibc keeps twice as much, and does not fault in what it gave back
+        # a moment ago: views of large images take half the time (tests/benchmarks/NOTES.md).
+        torch.empty(31 * 2**20, dtype=torch.uint8)
+    return accelerator
+
+
+# ---- stopping ------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """While open, SIGTERM and SIGINT ask for a stop after the step under way, not at once.
+
+    All processes must stop after the same step, so after each step they agree on whether any has
+    received a signal: one integer over gloo, by the CPU, so that no GPU is waited for. On two CPU
+    processes that takes 0.2 ms a step (measured by tests/benchmarks/overhead.py); one process alone
+    just looks at its own.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.received = 0
+        self.group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self.received = signum
+        if self.group is None:  # the second one kills; a launcher repeats what a group has received
+            for known in self.before:
+                signal.signal(known, signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        """The signal that any process has received, or 0. All processes must call."""
+        if self.group is None:
+            return self.received
+        signum = torch.tensor(self.received)
+        dist.all_reduce(signum, dist.ReduceOp.MAX, group=self.group)
+        return int(signum)
+
+
+# ---- provenance ----------------------------------------------------------------------------------
+
+
+def provenance(world_size: int) -> dict[str, Any]:
+    """What a result must name: command, commit, versions, machine, time."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"CPU ({os.cpu_count()} cores)"
+    return {
+        "command": shlex.join([*program.split(), *sys.argv[1:]]),
+        "commit": commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "device": device,
+        "processes": world_size,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str:
+    """The git commit of this code, `+` where it differs; outside a checkout `GIT_COMMIT`, or
+    "unknown".
+
+    Records are not code: measuring again changes those that are there.
+    """
+    here = Path(__file__).resolve().parent.parent
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    with contextlib.suppress(OSError):
+        if head := git("rev-parse", "--short=12", "HEAD"):
+            changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+            return head + ("+" if changed else "")
+    return os.environ.get("GIT_COMMIT") or "unknown"

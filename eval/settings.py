@@ -1,0 +1,113 @@
+"""The settings of every evaluation, apart from what evaluates: nothing here imports torch.
+
+A mistake in a command line is therefore reported at once, also where one process runs several
+evaluations (`eval/__main__.py`). Ranges are checked in `__post_init__`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from common.config import TINY, check_ranges
+
+Target = Annotated[str, tyro.conf.Positional]  # given without a flag
+
+
+@dataclass(frozen=True)
+class KNN:
+    """Weighted kNN on frozen features, beside baselines if asked."""
+
+    run: Target = ""  # a run's folder or an encoder.safetensors
+    weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH
+    baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
+    data: str = ""  # images to judge on; default: those of the run
+    image_column: str | None = None  # of a table with several, if not the run's
+    label_column: str | None = None  # likewise
+    layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
+    k: tuple[int, ...] = (20, 200)  # neighbours that vote; one result for each
+    temperature: tuple[float, ...] = (0.1,)  # T of the votes' weights; one result for each
+
+    def __post_init__(self) -> None:
+        check_ranges(self, k=(1, math.inf), temperature=(TINY, math.inf), layer=(-1, math.inf))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Train a linear classifier on a frozen encoder, beside baselines if asked."""
+
+    run: Target = ""  # a run's folder or an encoder.safetensors
+    weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH
+    baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
+    data: str = ""  # images to judge on; default: those of the run
+    image_column: str | None = None  # of a table with several, if not the run's
+    label_column: str | None = None  # likewise
+    layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
+    protocol: Literal["", "simclr", "moco", "byol", "features"] = ""  # default: the method's
+    epochs: int = 0  # default: the protocol's
+    batch_size: int = 0  # default: the protocol's; the learning rate follows it
+    seed: int = 1  # of order and crops
+
+    def __post_init__(self) -> None:
+        check_ranges(self, layer=(-1, math.inf), epochs=(0, 1_000_000), batch_size=(0, math.inf))
+        check_ranges(self, seed=(0, 2**32 - 1))
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Fine-tune an encoder with labels."""
+
+    run: Target = ""  # a run's folder or an encoder.safetensors
+    weights: str = ""
+    """start from these instead: random (the supervised baseline), torchvision:ARCH"""
+    data: str = ""  # images to train and judge on; default: those of the run
+    image_column: str | None = None  # of a table with several, if not the run's
+    label_column: str | None = None  # likewise
+    protocol: Literal["", "simclr", "simclr-v2", "byol"] = ""  # default: the method's
+    layer: int | None = None  # 0: from the representation; k: from the head's k-th hidden layer
+    label_fraction: float = 1.0  # of the training images, balanced over the classes
+    subset: str = ""  # a file that names the images to train on, one a line, in place of a fraction
+    freeze: int = 0  # first stages to leave as they are: 1 the stem, to 5 all of a ResNet
+    epochs: int = 0  # default: the protocol's
+    base_lr: float = 0.0  # default: the protocol's; scaled by the batch as there
+    batch_size: int = 0  # default: the protocol's, of all images if they are fewer
+    weight_decay: float = 0.0  # on all parameters, with SGD
+    seed: int = 1  # of labels, order, crops and the classifier's initial weights
+
+    def __post_init__(self) -> None:
+        check_ranges(self, label_fraction=(TINY, 1), freeze=(0, 5), epochs=(0, 1_000_000))
+        check_ranges(self, base_lr=(0, math.inf), batch_size=(0, math.inf), seed=(0, 2**32 - 1))
+        check_ranges(self, weight_decay=(0, math.inf))
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Logistic regression on frozen features of each source, beside baselines if asked."""
+
+    run: Target = ""  # a run's folder or an encoder.safetensors
+    weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH[=FILE]
+    baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
+    data: tuple[str, ...] = ("",)  # sources to judge on; default: that of the run
+    image_column: str | None = None  # of a table with several, if not the run's
+    label_column: str | None = None  # likewise
+    layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
+    metric: Literal["", "top1", "mean-per-class", "map11"] = ""
+    """default: that of arXiv 2006.07733 App. D for the source's name; else top1, or map11 where
+    images have several labels"""
+    iterations: int = 200  # of L-BFGS, at most, for each value
+    seed: int = 1  # of the images held out where the source has no validation split
+
+    def __post_init__(self) -> None:
+        check_ranges(self, layer=(-1, math.inf), iterations=(1, math.inf), seed=(0, 2**32 - 1))
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Set what was measured beside what was published."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # folders of runs
+    out: str = ""  # folder for compare.md and compare.png; default: the first run's
+    report: str = ""  # write a page on the runs, with curves and pictures, into this folder
+    keep: str = ""  # copy the runs' results, with their cost, into this folder
+    results: str = ""  # a folder of kept results: write RESULTS.md beside it, and nothing else

@@ -1,0 +1,216 @@
+"""Starting and stopping the processes of a run, and the commit that its record names."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from common import launch
+from common.config import RunConfig
+from common.data import epoch_order
+from tests.helpers import ROOT, checkpoints, ended, forked, rows
+
+
+def flags(out, *more):
+    """60 steps at 8 px, with a checkpoint every 4."""
+    return [
+        "demo", "--out", out, "--batch-size", 16, "--image-size", 8, "--knn-every", 0,
+        "--epochs", 60 * 16 / 5120, "--save-every", 4 * 16 / 5120, "--log-every", 1, *more,
+    ]  # fmt: skip
+
+
+def test_single_precision_is_full_but_in_convolutions():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert launch.launch(RunConfig()).num_processes == 1
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_small_network_computes_on_one_thread_unless_told_otherwise(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        for given, one_thread, threads in ((False, False, 3), (True, True, 3), (False, True, 1)):
+            torch.set_num_threads(3)
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            if given:
+                monkeypatch.setenv("OMP_NUM_THREADS", "3")
+            launch.launch(RunConfig(), one_thread)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- the commit ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder in whose `common` launch.py stands."""
+    for name in ("common/launch.py", "results/a.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}")
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "common" / "launch.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    return tmp_path
+
+
+def git(folder, *args):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(["git", "-C", folder, *who, *args], check=True, capture_output=True)
+    return done.stdout.decode().strip()
+
+
+def test_a_changed_file_marks_the_commit_and_a_changed_record_does_not(checkout, monkeypatch):
+    for words in (("init",), ("add", "."), ("commit", "-m", "all")):
+        git(checkout, *words)
+    monkeypatch.setenv("GIT_COMMIT", "another")  # is not asked in a checkout
+    head = git(checkout, "rev-parse", "HEAD")[:12]
+    assert launch.commit() == head
+    (checkout / "results" / "a.json").write_text("[]")
+    (checkout / "notes").write_text("not ours")
+    assert launch.commit() == head
+    (checkout / "common" / "launch.py").write_text("")
+    assert launch.commit() == f"{head}+"
+
+
+def test_without_a_checkout_the_commit_is_that_of_the_environment(checkout, monkeypatch):
+    assert launch.commit() == launch.provenance(1)["commit"] == "unknown"
+    monkeypatch.setenv("GIT_COMMIT", "0123456789ab")
+    assert launch.commit() == launch.provenance(1)["commit"] == "0123456789ab"
+    monkeypatch.setenv("PATH", str(checkout))  # no git at all
+    assert launch.commit() == "0123456789ab"
+
+
+# ---- real runs, stopped --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum, processes", [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
+def test_a_signal_stops_after_a_step(tmp_path, signum, processes):
+    """One of the processes gets it; all stop after the same step, and the run goes on there."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    children = forked("byol", flags(out, "--epochs", 1), log, processes)
+    while not (out / "metrics.jsonl").exists() and children[0].is_alive():
+        time.sleep(0.01)
+    os.kill(children[-1].pid, signum)
+    assert ended(children) == [128 + signum] * processes, log.read_text()
+    step = len(rows(out))
+    assert f"stopped by {signum.name} after step {step:,}; the same command" in log.read_text()
+    assert f"step-{step:08d}.pt" in checkpoints(out)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_other_with_one_line(tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    children = forked("simclr", flags(out), log, 2, die_at_step_9)
+    children[1].join(120)
+    died = time.monotonic()
+    assert ended(children, 60) == [2, -signal.SIGKILL], log.read_text()
+    assert time.monotonic() - died < 60 and "Traceback" not in log.read_text()
+    [line] = [line for line in log.read_text().splitlines() if "error:" in line]
+    assert "process 0 of 2 lost another, which ended; the same command goes on" in line
+    assert "step-00000008.pt" in checkpoints(out)
+
+
+def die_at_step_9():
+    from common.run import Run
+
+    end_step = Run.end_step
+
+    def deadly(run, step, *args, **metrics):
+        if step == 9 and run.accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        end_step(run, step, *args, **metrics)
+
+    Run.end_step = deadly
+
+
+# ---- with decoding workers -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    for i in range(64):
+        Image.new("RGB", (8, 8), (4 * i, 0, 0)).save(folder / f"{i:02}.png")
+    return folder
+
+
+def assert_nobody_is_left(group, patience):
+    deadline = time.monotonic() + patience
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def with_workers(files, out):
+    """A command that leads a process group, with two workers, once it has logged a step."""
+    argv = flags(out, "--data", files, "--epochs", 1000, "--memory-gb", 0, "--workers", 2)
+    command = [sys.executable, "-m", "simclr.pretrain", *map(str, argv)]
+    with (
+        open(out.parent / "log", "w") as log,
+        subprocess.Popen(command, cwd=ROOT, stderr=log, start_new_session=True) as process,
+    ):
+        while not (out / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        try:
+            yield process
+            assert_nobody_is_left(process.pid, 20)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_leaves_the_workers_to_the_parent(files, tmp_path, signum):
+    log = tmp_path / "log"
+    with with_workers(files, tmp_path / "run") as process:
+        os.killpg(process.pid, signum)
+        assert process.wait(60) == 128 + signum, log.read_text()
+    assert f"stopped by {signum.name}" in log.read_text() and "Traceback" not in log.read_text()
+    assert checkpoints(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_its_parent(files, tmp_path):
+    with with_workers(files, tmp_path / "run") as process:
+        process.kill()
+        assert process.wait(60) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_one_line(files, tmp_path):
+    log = tmp_path / "log"
+    with with_workers(files, tmp_path / "run") as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        os.kill(int(children.split()[-1]), signal.SIGKILL)
+        assert process.wait(60) == 2, log.read_text()
+    assert "error: a decoding worker was killed" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_images_that_any_process_skipped_are_named(files, tmp_path):
+    """One epoch of four batches: one bad image is met by process 0 alone, the other by 1 alone."""
+    source = shutil.copytree(files, tmp_path / "source")
+    halves = epoch_order(0, 0, 64).view(4, 2, 8).unbind(1)
+    bad = [f"{half[half % 2 == 1][0]:02}.png" for half in halves]  # the even ones are tried first
+    for name in bad:
+        (source / name).write_bytes(b"no image")
+    log = tmp_path / "log"
+    argv = flags(tmp_path / "run", "--data", source, "--epochs", 1, "--memory-gb", 0, "--seed", 0)
+    assert ended(forked("simclr", argv, log, 2)) == [0, 0], log.read_text()
+    [line] = [line for line in log.read_text().splitlines() if "skipped" in line]
+    assert "2 undecodable images" in line and all(name in line for name in bad)

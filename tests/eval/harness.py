@@ -1,0 +1,128 @@
+"""Small labelled images and networks to judge, a run's folder, and judgements that are stopped."""
+
+import json
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from common.data import ImageSplit
+from common.files import read_json
+from eval import unfinished
+from eval.encoder import Encoder, Preprocess, build_seeded, export_metadata
+from eval.results import Subject
+
+
+class Network(nn.Module):
+    """A normalisation layer, with parameters and running statistics, then mean colours."""
+
+    num_features = 3
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images):
+        return self.norm(images).mean((2, 3))
+
+
+def coloured(count, size=12):
+    """Images of three classes that mean colours tell apart."""
+    labels = torch.arange(count) % 3
+    generator = torch.Generator().manual_seed(count)
+    pixels = torch.randint(60, (count, 3, size, size), generator=generator)
+    pixels[torch.arange(count), labels] += 150
+    return ImageSplit("coloured", pixels.byte(), labels, ("r", "g", "b"), store=pixels.byte())
+
+
+def subject_of(folder, network=None, method="simclr", counts=(120, 30), name="encoder", **metadata):
+    """A subject of a run in `folder` on `counts` coloured images to train and test on."""
+    config = {"data": "x", "batch_size": 8, "seed": 1}
+    network = (network or Network()).eval()
+    encoder = Encoder(network, Preprocess(12, crop=1.0), name, {"method": method, **metadata})
+    train, test = map(coloured, counts)
+    return Subject(encoder, "x", {}, folder, config, "cpu", (train, test))
+
+
+def save_encoder(path, network, name="demo", preprocess=None, **changes):
+    """Write an encoder file as a run does; a change to None leaves the key out."""
+    metadata = export_metadata(name, network, preprocess or Preprocess.of(32), "some-row")
+    metadata |= {"method": "simclr", "recipe": "demo", "epochs": 1.0, "commit": "abc", "head": []}
+    metadata |= {"finished": True} | changes
+    tensors = dict(network.state_dict()) | {"head.0.weight": torch.ones(2, 2)}
+    text = {key: json.dumps(value) for key, value in metadata.items() if value is not None}
+    save_file(tensors, path, text)
+    return str(path)
+
+
+def save_run(folder, size=16, **config):
+    """A run's folder with a demo encoder, its config and no judgement."""
+    (folder / "results").mkdir(parents=True)
+    network = build_seeded({"encoder": "demo"}, Preprocess.of(size))
+    save_encoder(folder / "encoder.safetensors", network, preprocess=Preprocess.of(size))
+    config = {"data": "demo", "out": str(folder), "seed": 9, "batch_size": 6, "epochs": 1} | config
+    record = {"method": "simclr", "recipe": "demo", "config": config, "overridden": []}
+    record |= {"images": 60, "steps": 20, "launches": [{"command": "x", "device": "CPU"}]}
+    (folder / "config.json").write_text(json.dumps(record))
+    return folder
+
+
+def save_images(folder, classes=("a", "b", "c"), train=30, test=12, size=(16, 16), gain=200):
+    """Folders of images of three classes; a class has more of one colour, by `gain`."""
+    generator = torch.Generator().manual_seed(3)
+    for split, count in (("train", train), ("test", test)):
+        for i in range(count):
+            path = folder / split / classes[i % 3] / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            colour = torch.randint(0, 255 - gain, (3,), generator=generator).tolist()
+            colour[i % 3] += gain
+            Image.new("RGB", size, tuple(colour)).save(path)
+    return folder
+
+
+# ---- judgements that are stopped where they save their state, and begun again --------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+def again(monkeypatch, stops, judge):
+    """Call `judge` until it ends; it is stopped after saving its state for the n-th time."""
+    save, read, saved, stopped = unfinished.Unfinished.save, unfinished.Unfinished._read, 0, 0
+
+    def read_what_was_saved(self):
+        state = read(self)
+        assert bool(state) == bool(stopped)  # it does resume
+        return state
+
+    def save_or_stop(self, **state):
+        nonlocal saved
+        save(self, **state)
+        saved += 1
+        if saved in stops:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, "PAUSE", 0.0)  # after every step
+        patch.setattr(unfinished.Unfinished, "save", save_or_stop)
+        patch.setattr(unfinished.Unfinished, "_read", read_what_was_saved)
+        while True:
+            try:
+                judge()
+                break
+            except Stopped:
+                stopped += 1
+    assert stopped == len(stops)
+
+
+def assert_same_records(one, other):
+    """But for when and how long; and nothing unfinished is left."""
+    names = sorted(path.name for path in one.iterdir())
+    assert names and names == sorted(path.name for path in other.iterdir())
+    for name in names:
+        rows = [read_json(folder / name) for folder in (one, other)]
+        for row in rows:
+            del row["seconds"], row["judged"]
+        assert rows[0] == rows[1]
