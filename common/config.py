@@ -25,7 +25,7 @@ def fixed(default: Any) -> Any:
 class RunConfig:
     """How to run it: the same for every method."""
 
-    out: str = ""  # folder of this run; the same command given again goes on there
+    out: str = "runs/run"  # folder of this run; the same command given again goes on there
     seed: int = fixed(1)  # seed of initial weights, order of the images and views
     split: str = fixed("train")  # split of the data to train on
     image_column: str | None = fixed(None)  # column of the images, where a table has several
@@ -46,6 +46,8 @@ class RunConfig:
         return {"image_column": self.image_column, "label_column": self.label_column}
 
     def __post_init__(self) -> None:
+        if not self.out:
+            raise ValueError("--out: an empty name, perhaps of a variable that is not set")
         check_ranges(
             self,
             seed=(0, 2**32 - 1),  # NumPy's bounds
@@ -114,7 +116,9 @@ def refuse_other(
     try:
         record = read_json(path)
         old = {renamed.get(key, key): value for key, value in record["config"].items()}
-        old["method"], new = record["method"], settings | {"method": method}
+        old["method"], new = record["method"], {"method": method} | settings
+        if not isinstance(record.get("launches", []), list):
+            raise TypeError
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not of a run; give another --out") from error
     free = {f.name for f in dataclasses.fields(RunConfig) if "fixed" not in f.metadata}

@@ -8,6 +8,7 @@
 The same name stands in an exported encoder. A network of your own is one more line in `build`.
 """
 
+import difflib
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def build(name: str, channels: int = 3, image_size: int | None = None) -> nn.Mod
         network = _build_resnet(arch, channels, name.endswith(CIFAR))
     else:
         known = f"demo, {', '.join(RESNETS)} (each also with {CIFAR}), timm:NAME"
-        raise UserError(f"--arch {name}: not one of {known}")
+        raise UserError(f"{name[:80]}: no such network; there are {known}")
     width = output_width(network, channels, image_size or 224, name)
     network.num_features = width  # type: ignore[assignment]
     return network
@@ -101,9 +102,9 @@ def _build_timm(name: str, channels: int, image_size: int | None) -> nn.Module:
     import timm
 
     if not timm.is_model(name):  # so that no name can be one of a file or a hub
-        near = timm.list_models(f"*{name.partition('.')[0]}*")[:3]
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise UserError(f"--arch timm:{name}: timm has no such network{hint}")
+        raise UserError(f"timm:{name[:80]}: no such network{hint}")
     known = timm.get_pretrained_cfg(name)
     size: dict[str, Any] = (
         {"img_size": image_size} if image_size and known and known.fixed_input_size else {}
@@ -111,7 +112,7 @@ def _build_timm(name: str, channels: int, image_size: int | None) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels, **size)
     except Exception as error:
-        raise UserError(f"--arch timm:{name}: {first_line(error)}") from error
+        raise UserError(f"timm:{name}: {first_line(error)}") from error
 
 
 class DemoEncoder(nn.Module):

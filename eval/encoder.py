@@ -110,8 +110,8 @@ def load(target: str, weights: str = "", layer: int = 0) -> Encoder:
         if layer:
             head = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             network = Cut(network, build_head(metadata["head"], head), layer)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except Exception as error:
         raise UserError(f"{path}: not an exported encoder ({first_line(error)})") from error
     if weights == "pixels":

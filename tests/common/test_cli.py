@@ -166,6 +166,11 @@ def test_an_out_that_holds_another_run(tmp_path):
     with pytest.raises(UserError, match=r"holds a run made with temperature 0.1 \(now 0.2\)"):
         parse([*out, "--temperature", "0.2"])
     assert parse([*out, "--log-every", "1"])[2].log_every == 1
+    (tmp_path / "config.json").write_text(json.dumps(record | {"launches": 3}))
+    with pytest.raises(UserError, match="not of a run; give another --out"):
+        parse(out)
+    with pytest.raises(UserError, match="--out: an empty name"):
+        parse(["--out", ""])
 
 
 # ---- mistakes that the images show ---------------------------------------------------------------
@@ -217,7 +222,9 @@ def test_evaluations_without_labels_data_or_network(fails, flat, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "source" / "only" / "1.png")
     judge = partial(fails, evaluate, eval.knn, "--weights")
     assert "--data SOURCE" in one_line(judge("random:resnet18"))
-    assert "resnet19: not one of demo" in one_line(judge("random:resnet19", "--data", "demo"))
+    assert "resnet19: no such network; there are demo" in one_line(
+        judge("random:resnet19", "--data", "demo")
+    )
     weights = ("random:resnet18", "--data")
     assert "one class only (only)" in one_line(judge(*weights, tmp_path / "source"))
     assert "has no labels" in one_line(judge(*weights, flat))

@@ -87,7 +87,9 @@ def test_images_that_are_too_small_and_outputs_that_are_no_vectors():
     "name", ["", "resnet19", "vgg11", "Demo", "demo-cifar", "resnet18-cifar100"]
 )
 def test_an_unknown_name_lists_what_there_is(name):
-    with pytest.raises(UserError, match=r"not one of demo, resnet101, .*resnet18.* timm:NAME$"):
+    with pytest.raises(
+        UserError, match=r"no such network; there are demo, resnet101, .*resnet18.* timm:NAME$"
+    ):
         build(name)
 
 
@@ -106,7 +108,7 @@ def no_download(monkeypatch):
      "http://host/x", "resnet18=/tmp/x"],
 )  # fmt: skip
 def test_a_name_of_timm_is_neither_a_path_nor_of_a_hub(no_download, name):
-    with pytest.raises(UserError, match="timm has no such network"):
+    with pytest.raises(UserError, match="no such network"):
         build(f"timm:{name}")
 
 

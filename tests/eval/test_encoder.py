@@ -71,7 +71,7 @@ def test_networks_by_name(monkeypatch):
         224, interpolation="bilinear", mean=module.IMAGENET_MEAN, std=module.IMAGENET_STD
     )
     assert not encoder.network.training
-    with pytest.raises(UserError, match="--arch vgg16: not one of demo, resnet101"):
+    with pytest.raises(UserError, match="vgg16: no such network; there are demo, resnet101"):
         load("", "random:vgg16")
     with pytest.raises(UserError, match="no such torchvision ResNet"):
         load("", "torchvision:demo")
