@@ -127,8 +127,9 @@ class Run:
         if self.main:
             for name in ("metrics.jsonl", "timings.jsonl"):
                 keep_rows_before(self.folder / name, self.start_step)
+            names = self.run_cfg.trackers if self.start_step < self.total_steps else ()
             settings = config.flat(self.cfg, self.run_cfg)
-            self.trackers = Trackers(self.run_cfg.trackers, self.folder, self.start_step, settings)
+            self.trackers = Trackers(names, self.folder, self.start_step, settings)
         if self.start_step:
             self.print(f"going on from step {self.start_step:,} of {self.total_steps:,}")
 
