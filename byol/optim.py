@@ -24,8 +24,8 @@ def parameter_groups(
     Without `lars_adaptation` the weights move by plain momentum too, which makes LARS an SGD. The
     groups keep `lr_multiplier`, by which a step multiplies `lr_at`.
 
-    CODE optimizers.py:30-35 excludes by name: `b` and modules with `norm`. In our networks these
-    are exactly the parameters with one dimension.
+    CODE optimizers.py:30-35 excludes by name: `b` and modules with `norm`. In ResNets these are
+    exactly the parameters with one dimension; other networks go by the dimension too.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     weights, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]

@@ -13,7 +13,7 @@ from common.config import RunConfig
 
 from .config import RECIPES, Config
 
-if __name__ == "__main__":  # a mistake is told before torch is loaded
+if __name__ == "__main__":  # a mistake is reported before torch is imported
     arguments = cli.run(cli.parse, "byol", Config, RECIPES, sys.argv[1:])
 
 from contextlib import nullcontext
@@ -68,13 +68,10 @@ def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
     with one_line():
         if cfg.norm == "gn+ws":
             group_norm_weight_standardised(network)
-        if not encoders.is_of_timm(name):  # those keep their library's initial weights
+        if not encoders.keeps_its_weights(name):
             init_weights(network)
         globalize(network).to(dtype=run.dtype, memory_format=torch.channels_last)
     target = Target(network).to(accelerator.device)
-    if run_cfg.compile:
-        network.encoder.compile()
-        target.encoder.compile()
     optimizer = lars(network, cfg)
 
     # a checkpoint's state, what is exported, and how it is measured
@@ -86,6 +83,9 @@ def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
         metadata=export_metadata(name, network.encoder, preprocess, cfg.published, cfg.norm),
         measures=online_knn(run, preprocess, knn=network.encoder),
     )
+    if run_cfg.compile:
+        network.encoder.compile()
+        target.encoder.compile()
     online, optimizer = accelerator.prepare(network, optimizer)
     run.print(f"loss at chance {chance_loss():.3f} = 2 + 2; low is not good: see feature_std")
     loop = train_in_parts if cfg.accumulate > 1 else train
@@ -144,7 +144,8 @@ def train_in_parts(
 
     Cousin of `train`: the gradients of the parts are added up before the one update. A part takes
     every `accumulate`-th image, so that it holds the same images on any number of processes, and
-    BatchNorm, which sees one part at a time, has the same statistics.
+    BatchNorm, which sees one part at a time, has the same statistics. The embeddings that are
+    looked at after a step are those of its last part.
     """
     network, parts = accelerator.unwrap_model(online), cfg.accumulate
     for step, (view1, view2) in steps:

@@ -36,7 +36,7 @@ class RunConfig:
     workers: int = 8  # decoding processes, where the images do not fit in memory
     memory_gb: float = 4.0  # decode once and keep the pixels if they need less than this
     log_every: int = 20  # steps between logged ones
-    save_every: float = 1  # epochs between checkpoints
+    save_every: float = 1  # epochs between checkpoints; 0: at the end alone
     knn_every: float = 10  # epochs between measurements by the online kNN; 0: never
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)  # where to log to
 

@@ -29,9 +29,12 @@ def full_name(arch: str, stem: str = "imagenet") -> str:
     return arch + CIFAR if stem == "cifar" and arch in RESNETS else arch
 
 
-def is_of_timm(name: str) -> bool:
-    """Whether a network is one of timm's, which has initial weights of its own design."""
-    return name.startswith("timm:")
+def keeps_its_weights(name: str) -> bool:
+    """Whether a network keeps the initial weights that it is built with, as timm's and your own do.
+
+    Torchvision's ResNets and the demo network get those of the official code in SimCLR and BYOL.
+    """
+    return name != "demo" and name.removesuffix(CIFAR) not in RESNETS
 
 
 def build(name: str, channels: int = 3, image_size: int | None = None) -> nn.Module:
@@ -51,7 +54,7 @@ def build(name: str, channels: int = 3, image_size: int | None = None) -> nn.Mod
     arch = name.removesuffix(CIFAR)
     if name == "demo":
         network: nn.Module = DemoEncoder(channels)
-    elif is_of_timm(name):
+    elif name.startswith("timm:"):
         network = _build_timm(name.removeprefix("timm:"), channels, image_size)
     elif arch in RESNETS:
         network = _build_resnet(arch, channels, name.endswith(CIFAR))
@@ -75,9 +78,12 @@ def output_width(network: nn.Module, channels: int, image_size: int, name: str =
     try:
         with torch.no_grad():
             features = network(first.new_zeros(1, channels, image_size, image_size))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         size = f"images of {image_size} x {image_size} pixels"
-        raise UserError(f"{name or 'the encoder'}: cannot take {size}: {error}") from error
+        reason = first_line(error)
+        raise UserError(f"{name or 'the encoder'}: cannot take {size} ({reason})") from error
     finally:
         network.train(mode)
     if not isinstance(features, Tensor) or features.ndim != 2:

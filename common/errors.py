@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+LOST_WORKER = "DataLoader worker"  # the first words of a RuntimeError that may come at any moment
 AGAIN = "the same command goes on from its last checkpoint"
 
 
@@ -35,8 +36,8 @@ def first_line(error: BaseException) -> str:
 def explain(error: BaseException) -> str | None:
     """A full disk, too little memory or a lost process in one line; None for any other error.
 
-    torch is not imported for this: where it was not, none of its errors can have been raised. What
-    it raises as a bare `RuntimeError` is told by as few words as will do.
+    If torch is not loaded, the error is not one of its own. Its bare RuntimeErrors are recognised
+    by a few words of their messages.
     """
     torch = sys.modules.get("torch")
     words = str(error) if isinstance(error, RuntimeError) else ""
@@ -50,7 +51,7 @@ def explain(error: BaseException) -> str | None:
             "out of memory; to pretrain, try a smaller --batch-size or --precision bf16, in "
             "another --out"
         )
-    if words.startswith("DataLoader worker"):
+    if words.startswith(LOST_WORKER):
         return (
             "a decoding worker was killed, usually for want of memory; to pretrain, fewer "
             f"--workers take less; {AGAIN}"

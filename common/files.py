@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from common.errors import UserError
+from common.errors import LOST_WORKER, UserError
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def naming(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises a RuntimeError
-        if str(error).startswith("DataLoader worker"):  # it was killed, which is told at any moment
+        if str(error).startswith(LOST_WORKER):  # not of this write, which it happened to interrupt
             raise
         reason = str(error).partition("\n")[0][:200]
         if "inline_container" in reason:  # torch.save's words, which do not name the cause

@@ -73,7 +73,7 @@ class StopSignal:
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
-        if self.group is None:  # the second one kills; a launcher repeats what a group has received
+        if self.group is None:  # a second signal kills; not under a launcher, which sends it twice
             for known in self.before:
                 signal.signal(known, signal.SIG_DFL)
 

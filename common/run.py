@@ -5,7 +5,8 @@ RUN/metrics.jsonl          one line a logged step; the same bits for the same ru
 RUN/timings.jsonl          pairs/s, share of the time waiting for data, peak memory
 RUN/events.out.tfevents.*  both of the above and pictures, for TensorBoard
 RUN/checkpoints/           the last two, each written aside and then renamed
-RUN/encoder.safetensors    what eval/ reads: torchvision's key names, how to build the network
+RUN/encoder.safetensors    what eval/ reads: the encoder, the head, how to build them
+RUN/features/              features that evaluations keep
 RUN/results/*.json         one per evaluation
 RUN/.lock                  held while a command trains here
 """
@@ -58,7 +59,7 @@ class Run:
 
     Args:
         method, recipe: names for the record, e.g. "simclr", "cifar10".
-        defaults: the recipe, by which it is told which settings were overridden.
+        defaults: the recipe's own settings; what differs from them is recorded as overridden.
         cfg: the method's settings; it has `batch_size` and `advice`.
         images: the N training images.
         total_steps: of the whole run.
@@ -231,6 +232,8 @@ class Run:
     def _stop(self, step: int, signum: int) -> None:
         self.checkpoints.save(step)
         self._bar.close()
+        if self.main:
+            self.trackers.close()
         name = signal.Signals(signum).name
         self.print(f"stopped by {name} after step {step:,}; the same command goes on from there")
         self.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has

@@ -90,7 +90,7 @@ def load(target: str, weights: str = "", layer: int = 0) -> Encoder:
     if weights.startswith(("random:", "torchvision:")):
         return by_name(weights)
     if not target:
-        raise UserError("say which RUN to judge, or --weights random:ARCH or torchvision:ARCH")
+        raise UserError("say which RUN to judge, or --weights random:NAME or torchvision:NAME")
     path = Path(target)
     path = path / "encoder.safetensors" if path.is_dir() else path
     if not path.is_file():
@@ -119,7 +119,7 @@ def load(target: str, weights: str = "", layer: int = 0) -> Encoder:
     if weights == "random":
         return Encoder(build_seeded(metadata, preprocess), preprocess, "random", metadata)
     if weights:
-        choices = "random, pixels, random:ARCH, torchvision:ARCH[=FILE]"
+        choices = "random, pixels, random:NAME, torchvision:NAME[=FILE]"
         raise UserError(f"--weights {weights}: not one of {choices}")
     return Encoder(network.eval(), preprocess, "encoder", metadata, layer)
 

@@ -20,7 +20,7 @@ class KNN:
     """Weighted kNN on frozen features, beside baselines if asked."""
 
     run: Target = ""  # a run's folder or an encoder.safetensors
-    weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH
+    weights: str = ""  # judge these instead: random, pixels, random:NAME, torchvision:NAME[=FILE]
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     data: str = ""  # images to judge on; default: those of the run
     image_column: str | None = None  # of a table with several, if not the run's
@@ -38,7 +38,7 @@ class Linear:
     """Train a linear classifier on a frozen encoder, beside baselines if asked."""
 
     run: Target = ""  # a run's folder or an encoder.safetensors
-    weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH
+    weights: str = ""  # judge these instead: random, pixels, random:NAME, torchvision:NAME[=FILE]
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     data: str = ""  # images to judge on; default: those of the run
     image_column: str | None = None  # of a table with several, if not the run's
@@ -60,7 +60,7 @@ class Finetune:
 
     run: Target = ""  # a run's folder or an encoder.safetensors
     weights: str = ""
-    """start from these instead: random (the supervised baseline), torchvision:ARCH"""
+    """start from these instead: random (the supervised baseline), torchvision:NAME[=FILE]"""
     data: str = ""  # images to train and judge on; default: those of the run
     image_column: str | None = None  # of a table with several, if not the run's
     label_column: str | None = None  # likewise
@@ -86,7 +86,7 @@ class Transfer:
     """Logistic regression on frozen features of each source, beside baselines if asked."""
 
     run: Target = ""  # a run's folder or an encoder.safetensors
-    weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:ARCH[=FILE]
+    weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:NAME[=FILE]
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     data: tuple[str, ...] = ("",)  # sources to judge on; default: that of the run
     image_column: str | None = None  # of a table with several, if not the run's

@@ -88,9 +88,9 @@ class MoCo(nn.Module):
         all processes with the first one's. Averaged, the encoder that is exported does not depend
         on the number of processes. Training does not use them.
         """
-        if world_size() == 1:
-            return
         statistics = [b for name, b in self.named_buffers() if ".running_" in name]
+        if world_size() == 1 or not statistics:
+            return
         flat = torch.cat(statistics)
         dist.all_reduce(flat)
         means = (flat / world_size()).split([len(b) for b in statistics])
@@ -134,21 +134,31 @@ def split_batchnorm(model: nn.Module, groups: int) -> nn.Module:
     opposite and no substitute: one group has no statistics to hide.
 
     Raises:
-        ValueError: a layer is of a class derived from BatchNorm, which may do more than it does.
+        ValueError: a BatchNorm is not plain, as one of a derived class, which may do more.
     """
     if groups == 1:
         return model
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            if is_plain_batchnorm(child):
                 split = SplitBatchNorm(child.num_features, child.eps, child.momentum)
                 split._parameters, split._buffers = child._parameters, child._buffers
                 split.groups = groups
-                setattr(module, name, split)
+                setattr(module, name, split.train(child.training))
             elif isinstance(child, nn.modules.batchnorm._BatchNorm):
-                what = f"{name}: a {type(child).__name__} does more than BatchNorm"
-                raise ValueError(f"{what}, and cannot be cut into groups: --bn-splits 1")
+                what = f"{name}: a {type(child).__name__} that is no plain BatchNorm"
+                raise ValueError(f"{what} cannot be cut into groups: --bn-splits 1")
     return model
+
+
+def is_plain_batchnorm(module: nn.Module) -> bool:
+    """Whether a layer is BatchNorm and nothing besides, with weights and running statistics.
+
+    Twin: simclr/model.py, byol/model.py.
+    """
+    return type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) and not (
+        module.weight is None or module.running_mean is None or module.momentum is None
+    )
 
 
 class SplitBatchNorm(nn.BatchNorm2d):

@@ -13,10 +13,9 @@ from common.config import RunConfig
 
 from .config import RECIPES, Config
 
-if __name__ == "__main__":  # a mistake is told before torch is loaded
+if __name__ == "__main__":  # a mistake is reported before torch is imported
     arguments = cli.run(cli.parse, "moco", Config, RECIPES, sys.argv[1:])
 
-from copy import deepcopy
 from functools import partial
 
 import torch
@@ -63,15 +62,10 @@ def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
     network = MoCo(make_encoder, cfg.head, cfg.dim, cfg.queue_size)
     with one_line():
         split_batchnorm(network, cfg.bn_splits // accelerator.num_processes)
+        if cfg.bn_splits == cfg.batch_size:
+            check_groups_of_one(make_encoder(), cfg.image_size)
     network.to(accelerator.device, run.dtype, memory_format=torch.channels_last)
     encoder, head = network.encoder_q.encoder, network.encoder_q.head
-    if cfg.bn_splits == cfg.batch_size:  # a group is one image, and its last map may be one pixel
-        shape = cfg.batch_size // accelerator.num_processes, 3, cfg.image_size, cfg.image_size
-        with one_line(), torch.no_grad():
-            deepcopy(encoder)(torch.zeros(shape, device=accelerator.device, dtype=run.dtype))
-    if run_cfg.compile:
-        encoder.compile()
-        network.encoder_k.encoder.compile()
     optimizer = sgd(network.encoder_q, cfg)
 
     # a checkpoint's state, what is exported, and how it is measured; a query begins by telling its
@@ -88,6 +82,9 @@ def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
         measures=online_knn(run, preprocess, knn=encoder, knn_output=nn.Sequential(encoder, head)),
         collapse_from=filled,
     )
+    if run_cfg.compile:
+        encoder.compile()
+        network.encoder_k.encoder.compile()
     query, optimizer = accelerator.prepare(network.encoder_q, optimizer)
     run.print(
         f"loss at chance {chance_loss(cfg.queue_size) * (1 + cfg.symmetric):.3f}; the loss RISES "
@@ -201,6 +198,16 @@ def train_symmetric(
         }
         metrics |= {"queue_fill": network.queue_fill / cfg.queue_size, "lr": lr}
         end_step(step, (view1, view2), (q1, local_shard(k2)), **metrics)
+
+
+def check_groups_of_one(encoder: nn.Module, image_size: int) -> None:
+    """Refuse BatchNorm groups of one image where the encoder has a map of a single pixel.
+
+    Raises:
+        ValueError: there is nothing to take statistics of.
+    """
+    with torch.no_grad():
+        encoder.train()(torch.zeros(1, 3, image_size, image_size))
 
 
 def permutation(seed: int, size: int, step: int, direction: int) -> Tensor:

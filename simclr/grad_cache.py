@@ -43,7 +43,6 @@ class GradCache(nn.Module):
                     view1[k :: self.chunks],
                     view2[k :: self.chunks],
                     use_reentrant=False,
-                    preserve_rng_state=False,  # nothing here is random
                     context_fn=lambda: (nullcontext(), _unmoved(buffers)),  # of either pass
                 )
                 moved.append([b.clone() for b in buffers])

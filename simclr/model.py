@@ -89,21 +89,31 @@ def globalize(model: nn.Module) -> nn.Module:
     Twin: byol/model.py. Running variances are unbiased, as torch has them; TensorFlow's are not.
 
     Raises:
-        ValueError: a layer is of a class derived from BatchNorm, which may do more than it does.
+        ValueError: a BatchNorm is not plain, as one of a derived class, which may do more.
     """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return model
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            if is_plain_batchnorm(child):
                 kind = nn.SyncBatchNorm if torch.cuda.is_available() else GlobalBatchNorm
                 synced = kind(child.num_features, child.eps, child.momentum)
                 synced._parameters, synced._buffers = child._parameters, child._buffers
-                setattr(module, name, synced)
+                setattr(module, name, synced.train(child.training))
             elif isinstance(child, nn.modules.batchnorm._BatchNorm):
-                what = f"{name}: a {type(child).__name__} does more than BatchNorm"
-                raise ValueError(f"{what}, and cannot share its statistics among processes")
+                what = f"{name}: a {type(child).__name__} that is no plain BatchNorm"
+                raise ValueError(f"{what} cannot share its statistics among processes")
     return model
+
+
+def is_plain_batchnorm(module: nn.Module) -> bool:
+    """Whether a layer is BatchNorm and nothing besides, with weights and running statistics.
+
+    Twin: moco/model.py, byol/model.py.
+    """
+    return type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) and not (
+        module.weight is None or module.running_mean is None or module.momentum is None
+    )
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):

@@ -18,8 +18,8 @@ ETA = 0.001  # trust coefficient (CODE lars_optimizer.py EETA_DEFAULT; arXiv 170
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Weights with decay and adaptation; normalisation gains and all biases with neither.
 
-    CODE model_util.py:95-100 excludes by name: `batch_normalization` and `bias`. In our networks
-    these are exactly the parameters with one dimension.
+    CODE model_util.py:95-100 excludes by name: `batch_normalization` and `bias`. In ResNets
+    these are exactly the parameters with one dimension; others go by the dimension too.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -42,8 +42,7 @@ def lars(network: nn.Module, cfg: Config) -> "LARS":
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling as SimCLR defines it. Twin: eval/finetune.py.
-
+    """Layer-wise adaptive rate scaling as SimCLR defines it:
 
         g <- g + wd * w
         trust = eta * |w| / |g|  for adapted parameters, 1 where either norm is 0
@@ -52,6 +51,8 @@ class LARS(torch.optim.Optimizer):
 
     Parameters that are not adapted move by plain momentum at the full learning rate. Set `lr` of
     every group before each step: see `lr_at`.
+
+    Twin: eval/finetune.py.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from common.config import RunConfig
 
 from .config import RECIPES, Config
 
-if __name__ == "__main__":  # a mistake is told before torch is loaded
+if __name__ == "__main__":  # a mistake is reported before torch is imported
     arguments = cli.run(cli.parse, "simclr", Config, RECIPES, sys.argv[1:])
 
 import torch
@@ -55,12 +55,10 @@ def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
     set_seed(run_cfg.seed)
     name = encoders.full_name(cfg.arch, cfg.stem)
     network = SimCLR(encoders.build(name, image_size=cfg.image_size), cfg.head_layers, cfg.head_dim)
-    if not encoders.is_of_timm(name):  # those keep their library's initial weights
+    if not encoders.keeps_its_weights(name):
         init_weights(network)
     with one_line():
         globalize(network).to(dtype=run.dtype, memory_format=torch.channels_last)
-    if run_cfg.compile:
-        network.encoder.compile()
     optimizer = lars(network, cfg)
 
     # a checkpoint's state, what is exported, and how it is measured; the paper does not normalise
@@ -72,6 +70,8 @@ def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
         metadata=export_metadata(name, network.encoder, preprocess, cfg.published),
         measures=online_knn(run, preprocess, knn=network.encoder),
     )
+    if run_cfg.compile:
+        network.encoder.compile()
     chunks = cfg.batch_size // cfg.grad_cache_chunk if cfg.grad_cache_chunk else 1
     model, optimizer = accelerator.prepare(
         GradCache(network, chunks) if chunks > 1 else network, optimizer

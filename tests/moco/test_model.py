@@ -245,8 +245,21 @@ def test_networks_of_timm(name):
                 outputs.append(network(images))
             assert torch.equal(*outputs) and outputs[0].std() > 0
         untouched.load_state_dict(model.encoder_k.encoder.state_dict())
-    with pytest.raises(ValueError, match="a BatchNormAct2d does more than BatchNorm"):
+    with pytest.raises(ValueError, match="a BatchNormAct2d that is no plain BatchNorm"):
         split_batchnorm(model, 2)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}]
+)
+def test_batchnorm_that_cannot_be_cut(odd):
+    with pytest.raises(ValueError, match="1: a BatchNorm2d that is no plain BatchNorm"):
+        split_batchnorm(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(2, **odd)), 2)
+
+
+def test_a_frozen_batchnorm_stays_frozen():
+    cut = split_batchnorm(nn.Sequential(nn.BatchNorm2d(2).eval(), nn.BatchNorm2d(2)), 2)
+    assert [layer.training for layer in cut] == [False, True]
 
 
 def test_evaluation_is_plain_batchnorm():
@@ -377,3 +390,14 @@ def test_processes_are_groups(world):
         assert set(theirs) == set(after)
         for key, value in after.items():
             assert rel(theirs[key], value) < 1e-12, key
+
+
+def without_batchnorm(rank, world):
+    """A step's key side on this process, of an encoder without any BatchNorm."""
+    model = MoCo(Flat, dim=2, queue_size=4)
+    model.average_statistics()
+    return model.encode_keys(torch.ones(2, 3, 1, 2), torch.arange(4)).shape
+
+
+def test_processes_without_batchnorm():
+    assert run_processes(without_batchnorm, 2) == [(4, 2), (4, 2)]

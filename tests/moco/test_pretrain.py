@@ -249,7 +249,7 @@ def test_networks_of_timm_cannot_be_cut_into_groups(source, tmp_path, capsys):
         pretrain("moco", *flags(source, tmp_path / "run", *timm))
     said = capsys.readouterr().err
     assert caught.value.code == 2 and said.count("error:") == 1
-    assert "BatchNormAct2d does more than BatchNorm" in said and "--bn-splits 1" in said
+    assert "BatchNormAct2d that is no plain BatchNorm" in said and "--bn-splits 1" in said
     pretrain("moco", *flags(source, tmp_path / "one", *timm, "--bn-splits", 1, "--knn-every", "0"))
     assert np.isfinite(column(tmp_path / "one", "loss")).all()
 

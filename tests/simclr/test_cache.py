@@ -67,6 +67,27 @@ def test_without_batch_statistics_chunks_are_the_whole(chunk):
     assert worst(one_step(network(chunk), *views()), whole) < 1e-10
 
 
+def test_dropout_draws_the_same_masks_in_both_passes():
+    """A linear model with dropout: its gradient is the sum of the masked inputs it has seen."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8, dtype=DOUBLE))
+            self.seen = []
+
+        def forward(self, view1, view2):
+            masked = [nn.functional.dropout(view) for view in (view1, view2)]
+            self.seen.append(sum(view.sum(0) for view in masked))
+            return tuple(self.weight * view for view in masked)
+
+    model = Masked()
+    z1, z2 = GradCache(model, 3)(*torch.rand(2, 6, 8, dtype=DOUBLE))
+    (z1.sum() + z2.sum()).backward()
+    assert len(model.seen) == 6 and torch.equal(sum(model.seen[:3]), sum(reversed(model.seen[3:])))
+    torch.testing.assert_close(model.weight.grad, sum(model.seen[:3]))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_in_single_precision(memory_format):
     """Beside the whole in single precision, whose own distance from double is not the chunks'."""
