@@ -657,7 +657,7 @@ def gaussian_blur(images: Tensor, kernel_size: Sequence[int], sigmas: Tensor) ->
     radii = [taps // 2 for taps in kernel_size]
     for size, radius, taps in zip(images.shape[:1:-1], radii, kernel_size, strict=True):
         if size <= radius:
-            raise ValueError(
+            raise ViewError(
                 f"{size} pixels cannot be blurred with {taps} taps: reflection needs more"
             )
     horizontal, vertical = radii

@@ -98,8 +98,7 @@ def check_finite(step: int, values: Any) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors_in(values)):
         raise UserError(
             f"the loss or a weight is NaN or infinite at step {step:,}; the last checkpoint "
-            "is kept. Try a lower --base-lr, a longer warm-up or --precision fp32, in another "
-            "--out"
+            "is kept. Try a lower --base-lr or --precision fp32, in another --out"
         )
 
 

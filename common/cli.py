@@ -66,6 +66,8 @@ def parse(
         raise UserError(str(error)) from error
     check_environment(run_cfg, cfg.arch)  # type: ignore[attr-defined]
     check_source(cfg.data)  # type: ignore[attr-defined]
+    if Path(run_cfg.out).is_file():
+        raise UserError(f"--out {run_cfg.out}: a file; give a folder")
     config.refuse_other(
         Path(run_cfg.out), method, config.flat(cfg, run_cfg), config.old_names(kind)
     )
@@ -140,7 +142,10 @@ def check_environment(run_cfg: RunConfig, arch: str) -> None:
             f"--processes {run_cfg.processes} asked for, {world_size()} launched; try: "
             f"accelerate launch --multi_gpu --num_processes {run_cfg.processes} -m ..."
         )
-    for package, wanted in (("timm", arch.startswith("timm:")), ("wandb", _uses_wandb(run_cfg))):
+    for package, wanted in (
+        ("timm", arch.startswith("timm:")),
+        ("wandb", "wandb" in run_cfg.trackers),
+    ):
         if wanted:
             require(package)
 
@@ -194,7 +199,3 @@ def _today(flags: Sequence[str], kind: type) -> list[str]:
             word = f"--{new[key].replace('_', '-')}{equals}{value}"
         result.append(word)
     return result
-
-
-def _uses_wandb(run_cfg: RunConfig) -> bool:
-    return "wandb" in run_cfg.trackers

@@ -8,7 +8,9 @@
 The same name stands in an exported encoder. A network of your own is one more line in `build`.
 """
 
+import contextlib
 import difflib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -73,10 +75,8 @@ def output_width(network: nn.Module, channels: int, image_size: int, name: str =
         UserError: it cannot take images of that size, or gives no vector for each.
     """
     first = next(network.parameters(), torch.empty(0))
-    mode = network.training
-    network.eval()
     try:
-        with torch.no_grad():
+        with evaluation_mode(network), torch.no_grad():
             features = network(first.new_zeros(1, channels, image_size, image_size))
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -84,12 +84,22 @@ def output_width(network: nn.Module, channels: int, image_size: int, name: str =
         size = f"images of {image_size} x {image_size} pixels"
         reason = first_line(error)
         raise UserError(f"{name or 'the encoder'}: cannot take {size} ({reason})") from error
-    finally:
-        network.train(mode)
     if not isinstance(features, Tensor) or features.ndim != 2:
         shape = tuple(getattr(features, "shape", ())) or type(features).__name__
         raise UserError(f"{name or 'the encoder'}: gives {shape}, not one vector for each image")
     return features.shape[1]
+
+
+@contextlib.contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluate in the block; afterwards every layer has its own mode again, also a frozen one."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _build_resnet(arch: str, channels: int, cifar: bool) -> nn.Module:

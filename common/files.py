@@ -60,7 +60,7 @@ def atomic_write_bytes(target: Path, content: bytes) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a kill within `atomic_write` has left in `folder`."""
     for path in folder.glob(".*.[0-9]*"):
-        if path.suffix[1:].isdigit():
+        if path.suffix[1:].isdigit() and path.is_file():
             path.unlink()
 
 

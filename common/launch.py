@@ -17,7 +17,9 @@ import torch.distributed as dist
 import torchvision
 from accelerate import Accelerator
 
+from common.cli import world_size
 from common.config import RunConfig
+from common.errors import UserError
 
 
 def launch(run_cfg: RunConfig, one_thread: bool = False) -> Accelerator:
@@ -30,10 +32,18 @@ def launch(run_cfg: RunConfig, one_thread: bool = False) -> Accelerator:
         one_thread: compute on one thread, unless `OMP_NUM_THREADS` is set. Operations of a small
             network are so short that two threads mostly wait for each other at barriers, and where
             another process takes a core they do little else (1,400 pairs/s fell to 40).
+
+    Raises:
+        UserError: another number of processes is linked than the environment says.
     """
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     mixed = run_cfg.precision if run_cfg.precision in ("bf16", "fp16") else "no"
     accelerator = Accelerator(cpu=not accelerated, mixed_precision=mixed)
+    if accelerator.num_processes != world_size():  # by which settings have been checked
+        raise UserError(
+            f"{accelerator.num_processes} processes are linked where WORLD_SIZE says "
+            f"{world_size()}; start them with accelerate launch or torchrun"
+        )
     accelerator.gradient_accumulation_steps = 1  # an environment variable would divide the loss
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from common import config
 from common.checkpoints import Checkpoints, check_finite
 from common.config import RunConfig
-from common.data import ImageSplit
+from common.data import ImageSplit, generator
 from common.errors import UserError
 from common.files import (
     append_row,
@@ -194,6 +194,9 @@ class Run:
                 asked = time.perf_counter()
                 views = next(stream)
                 waited += time.perf_counter() - asked
+                # what a network itself draws, as in dropout, is the same after a restart
+                key = self.run_cfg.seed, "network", step, self.accelerator.process_index
+                torch.manual_seed(generator(*key).initial_seed())
                 yield step, views
                 done += 1
                 self._bar.update(batch_size)

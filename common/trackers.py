@@ -8,6 +8,8 @@ from typing import Any
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from torch import Tensor
 
+from common.errors import UserError, first_line
+
 
 class Trackers:
     """The trackers of one run; opened again, they go on in the same places.
@@ -30,7 +32,11 @@ class Trackers:
                     file.write_text(uuid.uuid4().hex)
                 where = {"id": file.read_text(), "name": folder.name, "dir": str(folder)}
                 tracker = WandBTracker("ssl-reference", resume="allow", **where)
-            tracker.start()
+            try:
+                tracker.start()
+            except Exception as error:
+                way_out = "; `wandb login`, or WANDB_MODE=offline" if name == "wandb" else ""
+                raise UserError(f"--trackers {name}: {first_line(error)}{way_out}") from error
             if name == "wandb":  # TensorBoard would make a run of its own for them
                 tracker.store_init_configuration(dict(settings))
             self.trackers.append(tracker)

@@ -28,7 +28,8 @@ class ViewPairs:
         device: where the views are delivered.
         dtype: of the views.
         rank, processes: which of the R processes this is, and R.
-        workers: processes that decode images; on a CPU they make the views too.
+        workers: processes that decode images which are not in memory; on a CPU, or where a
+            transform runs image by image, they make the views too.
         drop_last: end each epoch at its last whole batch.
     """
 
@@ -52,8 +53,10 @@ class ViewPairs:
         self.augmentations = [Batched(transform, dtype=dtype) for transform in transforms]
         local_size = batch_size // processes
         self.local = slice(rank * local_size, (rank + 1) * local_size)
-        # The workers share what runs image by image, as they would in a `Dataset`.
-        self.augmentation_device = torch.device("cpu") if self.unbatched else self.device
+        # Decoding workers share what runs image by image, as in a `Dataset`; without them, for
+        # images in memory, what has a batched form stays on the device.
+        by_workers = bool(self.unbatched) and images.store is None
+        self.augmentation_device = torch.device("cpu") if by_workers else self.device
         self.resident = resident(images, self.augmentation_device)
 
     @classmethod

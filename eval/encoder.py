@@ -27,6 +27,9 @@ from common.errors import UserError, first_line
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+MOST_VALUES = 3 * 2048**2  # of an image; the first pass of a network at a file's word is no larger
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """How images are prepared for an encoder that is judged."""
@@ -71,6 +74,8 @@ def export_metadata(
         UserError: the network cannot take images of the size at which it is to be judged.
     """
     channels = 3  # as in all images that `common/data.py` decodes
+    if channels * preprocess.size**2 > MOST_VALUES:
+        raise UserError(f"--eval-size {preprocess.size}: at most 2048 pixels")
     encoders.output_width(network, channels, preprocess.size, name)
     network_metadata = {"encoder": name, "channels": channels, "norm": norm}
     return network_metadata | {"input": asdict(preprocess), "published": published}
@@ -143,6 +148,7 @@ def check_metadata(metadata: dict[str, Any], preprocess: Preprocess) -> None:
     if (
         type(preprocess.size) is not int
         or not 1 <= preprocess.size <= 10_000
+        or channels * preprocess.size**2 > MOST_VALUES
         or not 0 < preprocess.crop <= 1
     ):
         raise ValueError(f"input of {preprocess.size!r:.80} pixels, crop {preprocess.crop!r:.80}")

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.data import ImageSplit, open_train_test, subset
+from common.encoders import evaluation_mode
 from common.errors import UserError
 from common.run import Run
 from eval.encoder import Preprocess
@@ -142,15 +143,11 @@ class OnlineKNN:
 
     def __call__(self, encoder: nn.Module, device: torch.device | str) -> float:
         """Top-1 in percent; the encoder's training mode is restored."""
-        mode = encoder.training
-        encoder.eval()
-        try:
+        with evaluation_mode(encoder):
             (bank, labels), (queries, truth) = (
                 extract(encoder, split, self.preprocess, device, progress=False)
                 for split in self.splits
             )
-        finally:
-            encoder.train(mode)
         ranking, _ = predict(
             queries, bank, labels, classes=int(labels.max()) + 1, k=self.K, temperature=0.1
         )

@@ -86,7 +86,7 @@ class Transfer:
     """Logistic regression on frozen features of each source, beside baselines if asked."""
 
     run: Target = ""  # a run's folder or an encoder.safetensors
-    weights: str = ""  # judge these instead: random, pixels, random:ARCH, torchvision:NAME[=FILE]
+    weights: str = ""  # judge these instead: random, pixels, random:NAME, torchvision:NAME[=FILE]
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     data: tuple[str, ...] = ("",)  # sources to judge on; default: that of the run
     image_column: str | None = None  # of a table with several, if not the run's

@@ -36,6 +36,8 @@ class MoCo(nn.Module):
         super().__init__()
         self.encoder_q = Network(make_encoder(), head, dim)
         self.encoder_k = Network(make_encoder(), head, dim)
+        if self.encoder_q.encoder is self.encoder_k.encoder:
+            raise ValueError("make_encoder must make another encoder at each call")
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size), dim=0))

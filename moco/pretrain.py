@@ -206,8 +206,14 @@ def check_groups_of_one(encoder: nn.Module, image_size: int) -> None:
     Raises:
         ValueError: there is nothing to take statistics of.
     """
-    with torch.no_grad():
-        encoder.train()(torch.zeros(1, 3, image_size, image_size))
+    try:
+        with torch.no_grad():
+            encoder.train()(torch.zeros(1, 3, image_size, image_size))
+    except ValueError as error:
+        raise ValueError(
+            "--bn-splits: groups of one image, and a map of one pixel, have no statistics; fewer "
+            "groups, or a larger --image-size"
+        ) from error
 
 
 def permutation(seed: int, size: int, step: int, direction: int) -> Tensor:

@@ -100,6 +100,8 @@ def globalize(model: nn.Module) -> nn.Module:
                 synced = kind(child.num_features, child.eps, child.momentum)
                 synced._parameters, synced._buffers = child._parameters, child._buffers
                 setattr(module, name, synced.train(child.training))
+            elif isinstance(child, nn.SyncBatchNorm | GlobalBatchNorm):
+                continue
             elif isinstance(child, nn.modules.batchnorm._BatchNorm):
                 what = f"{name}: a {type(child).__name__} that is no plain BatchNorm"
                 raise ValueError(f"{what} cannot share its statistics among processes")
@@ -129,9 +131,9 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        # In float64, so that several processes are right to float32's last bits. One on a CPU has
-        # torch's own BatchNorm, which does so for contiguous maps alone: in channels_last, and for
-        # (B, C), it keeps running sums in float32, off by up to 3e-5 of 1e5 summands.
+        # In float64, so that several processes are right to float32's last bits. torch's own on a
+        # CPU sums in float64 for contiguous maps alone; in channels_last, and for (B, C), it sums
+        # in float32, with an error of up to 3e-5 over 1e5 values.
         wide = input.double()
         axes, world = [0, *range(2, input.ndim)], dist.get_world_size()
         shape = [1, -1] + [1] * (input.ndim - 2)

@@ -17,6 +17,7 @@ import eval.linear
 from common import encoders
 from common.data import open_labelled
 from common.files import read_json
+from common.run import Run
 from eval.encoder import load
 from eval.features import encode
 from eval.knn import subsample
@@ -51,7 +52,7 @@ class Own(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.patches = nn.Conv2d(channels, 16, kernel_size=8, stride=8)
+        self.patches = nn.Conv2d(channels, 16, kernel_size=8, stride=8, bias=False)
         self.norm = nn.BatchNorm1d(16)
         self.mix = nn.Linear(16, 24)
 
@@ -146,3 +147,30 @@ def test_a_transform_without_a_batched_form_on_two_processes(method, tmp_path):
     one, two, plain = (losses(tmp_path / name) for name in runs)
     assert (one - two).abs().max() < 1e-10
     assert (one - plain).abs().min() > 1e-6
+
+
+def test_a_network_that_draws_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch):
+    """Dropout's masks are a function of seed and step, not of what was drawn before."""
+
+    def build(name, channels=3, image_size=None):
+        network = nn.Sequential(Own(channels), nn.Dropout(0.5))
+        network.num_features = 24
+        return network
+
+    class Stopped(Exception):
+        pass
+
+    def stopping(run, step, *args, **metrics):
+        end_step(run, step, *args, **metrics)
+        if step == 1:
+            raise Stopped
+
+    monkeypatch.setattr(encoders, "build", build)
+    often = ("--save-every", BATCH / IMAGES)
+    pretrain("simclr", *settings("simclr", "own", tmp_path / "whole", *often))
+    end_step = Run.end_step
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Run, "end_step", stopping)
+        pretrain("simclr", *settings("simclr", "own", tmp_path / "stopped", *often))
+    pretrain("simclr", *settings("simclr", "own", tmp_path / "stopped", *often))
+    assert torch.equal(losses(tmp_path / "whole"), losses(tmp_path / "stopped"))

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ def expected_flops(method):
         similarities = 4 * BATCH * cfg.head_dim  # of an image: two views with two each
         return 2 * (2 * (3 * whole - first) + 3 * similarities)
     if method == "moco":
-        network = program.MoCo(lambda: encoder, cfg.head, cfg.dim, cfg.queue_size).encoder_q
+        network = program.MoCo(
+            lambda: deepcopy(encoder), cfg.head, cfg.dim, cfg.queue_size
+        ).encoder_q
         whole, first = products(nn.Sequential(network.encoder, network.head))
         against_queue = cfg.dim * cfg.queue_size  # the queue has no gradient
         return 2 * 2 * ((3 * whole - first) + whole + 2 * against_queue)

@@ -28,8 +28,9 @@ from common.data import (
     open_validation,
 )
 from common.errors import UserError
+from tests.helpers import IMAGES
 
-REAL = Path(os.environ.get("SSL_DATA", Path(__file__).parents[2] / "../shared/data"))
+REAL = IMAGES
 
 
 def pixels(seed, height=8, width=8):

@@ -1,5 +1,6 @@
 """Tables of what was measured, beside what was published; RESULTS.md from its records."""
 
+import importlib
 import json
 import shutil
 
@@ -7,10 +8,11 @@ import pytest
 from PIL import Image
 
 import eval.compare as compare
+from common.config import old_names
 from common.encoders import full_name
 from common.errors import UserError
 from eval.published import data_set
-from tests.helpers import ROOT, evaluate
+from tests.helpers import METHODS, ROOT, evaluate
 
 AT = {"commit": "abcdef123456", "device": "CPU (2 cores)", "processes": 1}
 
@@ -571,3 +573,8 @@ def test_a_wrong_record_is_one_line(tmp_path, command):
     (tmp_path / "a.json").write_text(json.dumps({"title": "x", "figures": {}, "device": "CPU"}))
     with pytest.raises(UserError, match=r"a\.json: lacks command, commit"):
         compare.read_records(tmp_path)
+
+
+def test_renamed_keys_are_those_of_the_methods():
+    configs = [importlib.import_module(f"{method}.config").Config for method in METHODS]
+    assert {k: v for kind in configs for k, v in old_names(kind).items()} == compare.RENAMED

@@ -401,3 +401,9 @@ def without_batchnorm(rank, world):
 
 def test_processes_without_batchnorm():
     assert run_processes(without_batchnorm, 2) == [(4, 2), (4, 2)]
+
+
+def test_the_two_networks_must_not_share_their_encoder():
+    encoder = Flat()
+    with pytest.raises(ValueError, match="another encoder at each call"):
+        MoCo(lambda: encoder, dim=2, queue_size=4)
