@@ -164,7 +164,8 @@ def globalize(model: nn.Module) -> nn.Module:
     """Give every BatchNorm of `model` the statistics of the global batch, where there are several
     processes: `SyncBatchNorm` on GPUs, `GlobalBatchNorm` elsewhere. Call it before DDP wraps it.
 
-    Twin: simclr/model.py. Running variances are unbiased, as torch has them; TensorFlow's are not.
+    Twin: simclr/model.py, eval/batch_norm.py. Running variances are unbiased, as
+    torch has them; TensorFlow's are not.
 
     Raises:
         ValueError: a BatchNorm is not plain, as one of a derived class, which may do more.
@@ -189,7 +190,7 @@ def globalize(model: nn.Module) -> nn.Module:
 def is_plain_batchnorm(module: nn.Module) -> bool:
     """Whether a layer is BatchNorm and nothing besides, with weights and running statistics.
 
-    Twin: simclr/model.py, moco/model.py.
+    Twin: simclr/model.py, moco/model.py, eval/batch_norm.py.
     """
     return type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) and not (
         module.weight is None or module.running_mean is None or module.momentum is None
@@ -199,8 +200,8 @@ def is_plain_batchnorm(module: nn.Module) -> bool:
 class GlobalBatchNorm(nn.BatchNorm2d):
     """Differentiable BatchNorm with the statistics of all processes, on any device.
 
-    Twin: simclr/model.py. `SyncBatchNorm` is the fast one but needs GPUs. Every process must hold
-    the same number of images.
+    Twin: simclr/model.py, eval/batch_norm.py. `SyncBatchNorm` is the fast one but needs GPUs. A
+    process may hold any number of images, or none.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -212,16 +213,18 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         # In float64, so that several processes are right to float32's last bits. torch's own on a
         # CPU sums in float64 for contiguous maps alone; in channels_last, and for (B, C), it sums
         # in float32, with an error of up to 3e-5 over 1e5 values.
-        wide = input.double()
-        axes, world = [0, *range(2, input.ndim)], dist.get_world_size()
+        wide, axes = input.double(), [0, *range(2, input.ndim)]
         shape = [1, -1] + [1] * (input.ndim - 2)
-        mean = _AllReduce.apply(wide.mean(axes)) / world
+        mine = wide.new_tensor([input.numel() // input.shape[1]])
+        total = _AllReduce.apply(torch.cat([wide.sum(axes), mine]))
+        n = total[-1].detach()
+        mean = total[:-1] / n
         centred = wide - mean.view(shape)
-        var = _AllReduce.apply(centred.square().mean(axes)) / world
+        var = _AllReduce.apply(centred.square().sum(axes)) / n
         with torch.no_grad():
-            n = input.numel() // input.shape[1] * world
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(var.to(self.running_var.dtype) * n / (n - 1), self.momentum)
+            unbiased = var * n / (n - 1)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
             self.num_batches_tracked += 1
         scale = (self.weight * torch.rsqrt(var + self.eps)).view(shape)
         return (centred * scale + self.bias.view(shape)).to(input.dtype)

@@ -49,7 +49,7 @@ Step = tuple[int, tuple[Tensor, Tensor]]
 
 def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
     """Open images and run, build the networks, and train what is left to train."""
-    accelerator = launch(run_cfg, one_thread=cfg.arch == "demo")
+    accelerator = launch(run_cfg.precision, one_thread=cfg.arch == "demo")
     images = open_images(cfg.data, run_cfg.split, **run_cfg.columns)
     steps = total_steps(cfg, len(images))
     run = Run("byol", recipe, RECIPES[recipe], cfg, run_cfg, accelerator, images, steps)

@@ -25,7 +25,6 @@ What becomes of an odd image:
 """
 
 import atexit
-import contextlib
 import functools
 import hashlib
 import io
@@ -177,7 +176,7 @@ class ImageSplit:
     classes: tuple[str, ...] = ()
     bad: dict[int, str] = field(default_factory=dict)  # undecodable so far: index to its name
     store: list[Tensor] | Tensor | None = None  # decoded, where that fits in memory
-    digest: str = ""  # of the encoded bytes, once eval/features.py has read them all
+    digests: dict[str, str] = field(default_factory=dict)  # by which eval/identity.py knows it
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -361,7 +360,7 @@ def open_images(
     """
     if source == "demo":
         if split not in ("train", "test"):
-            raise _NoSplit(f"demo: no split {split!r}; it has train, test")
+            raise NoSplit(f"demo: no split {split!r}; it has train, test")
         pixels, labels = demo.split(split)
         return ImageSplit(f"demo {split}", pixels, labels, demo.CLASSES, store=pixels)
     try:
@@ -375,8 +374,8 @@ def open_images(
     except ValueError as error:
         raise UserError(f"{source}: no path ({error})") from error
     if tables:
-        table = load_tables(path, tables, split)
-        return open_table(table, source, image_column, label_column, classes)
+        table, files = load_tables(path, tables, split)
+        return open_table(table, source, image_column, label_column, classes, files)
     if path.is_file():
         raise UserError(f"{source}: not a folder, a .parquet or an .arrow file")
     if is_hub_id(source):
@@ -384,109 +383,30 @@ def open_images(
     raise UserError(f"{source}: no such folder or file (nor a Hub id of the form owner/name)")
 
 
-def open_train_test(source: str, **columns: Any) -> tuple[ImageSplit, ImageSplit]:
-    """The two splits an evaluation needs, labelled alike.
-
-    A labelled source without a test split has a fifth held out, and says so in its name.
-
-    Raises:
-        UserError: as `open_labelled`.
-    """
-    train, test = open_labelled(source, **columns)
-    return hold_out_fifth(train) if test is None else (train, test)
-
-
-def hold_out_fifth(train: ImageSplit) -> tuple[ImageSplit, ImageSplit]:
-    """Every fifth image of the classes one after the other, so of each class about a fifth.
-
-    No class is lost to training: the only image of one is kept. At least one image is held out.
-
-    Raises:
-        UserError: there is one image of each class.
-    """
-    assert train.labels is not None
-    order = torch.arange(len(train))
-    if train.labels.ndim == 1:  # of several labels there is no such order
-        order = train.labels.argsort(stable=True)
-        order = order[train.labels.bincount()[train.labels[order]] > 1]
-    if len(order) < 2:
-        raise UserError(f"{train.name}: one image of each class; none can be held out to test on")
-    held_out = torch.zeros(len(train), dtype=torch.bool)
-    held_out[order[4::5] if len(order) > 4 else order[-1:]] = True
-    return subset(train, ~held_out, "4/5 of train"), subset(train, held_out, "1/5 of train")
-
-
-def open_labelled(
-    source: str, *, multilabel: bool = False, **columns: Any
-) -> tuple[ImageSplit, ImageSplit | None]:
-    """The training split and the test split, labelled alike; None where there is no test split.
-
-    Validation is the test split of a source whose test split is missing or has no labels.
-
-    Args:
-        several: whether an image may have several labels.
-
-    Raises:
-        UserError: no labels, or several of an image, fewer than two classes, or classes in test
-            that train lacks.
-    """
-    train = open_images(source, "train", **columns)
-    if train.labels is None:
-        raise UserError(
-            f"{source}: has no labels; an evaluation needs them (class folders do, or a column of "
-            "a table: --label-column NAME)"
-        )
-    if train.labels.ndim == 2 and not multilabel:
-        raise UserError(
-            f"{source}: its images have several labels, which eval.transfer alone judges; "
-            "for the others name a column of one label an image (--label-column NAME)"
-        )
-    present = present_in(train.labels)
-    if len(present) == 0:
-        raise UserError(f"{source}: no image has a label")
-    if len(present) < 2:
-        only = train.classes[present[0]]
-        raise UserError(f"{source}: one class only ({only}); nothing to tell apart")
-    test = None
-    for split in ("test", "validation"):  # ImageNet's test split has no labels
-        with contextlib.suppress(_NoSplit):
-            test = open_images(source, split, classes=train.classes, **columns)
-            if test.labels is not None:
-                break
-    if test is None:
-        return train, None
-    if test.labels is None:
-        raise UserError(f"{source}: the test split has no labels")
-    trained = {train.classes[i] for i in present}
-    if unknown := {test.classes[i] for i in present_in(test.labels)} - trained:
-        raise UserError(f"{source}: classes in test but not in train: {', '.join(sorted(unknown))}")
-    return train, test
-
-
-def present_in(labels: Tensor) -> list[int]:
-    """The classes that some image is of."""
-    return (labels.unique() if labels.ndim == 1 else labels.any(0).nonzero()[:, 0]).tolist()
-
-
-def open_validation(source: str, classes: tuple[str, ...], **columns: Any) -> ImageSplit | None:
-    """The labelled validation split; None where `open_labelled` takes it for the test split."""
-    try:
-        test = open_images(source, "test", classes=classes, **columns)
-        validation = open_images(source, "validation", classes=classes, **columns)
-    except _NoSplit:
-        return None
-    return None if test.labels is None or validation.labels is None else validation
-
-
 def subset(images: ImageSplit, keep: Tensor, what: str) -> ImageSplit:
-    """The images where `keep`, (N,) bool, holds."""
+    """The images where `keep`, (N,) bool, holds; all of them if it always does."""
+    if keep.all():
+        return images
     index = keep.nonzero()[:, 0]
-    assert images.labels is not None
-    encoded = Subset(images.encoded, index.tolist())
-    return ImageSplit(f"{images.name} ({what})", encoded, images.labels[index], images.classes)
+    labels = None if images.labels is None else images.labels[index]
+    part = ImageSplit(f"{images.name} ({what})", Subset(images.encoded, index.tolist()), labels)
+    part.classes = images.classes
+    part.bad = {i: images.bad[j] for i, j in enumerate(index.tolist()) if j in images.bad}
+    if isinstance(images.store, Tensor):
+        part.store = images.store[index]
+    elif images.store is not None:
+        part.store = [images.store[i] for i in index.tolist()]
+    return part
 
 
-class _NoSplit(UserError):
+def among(index: Tensor, count: int) -> Tensor:
+    """(N,) bool: whether each of `count` images is in `index`."""
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[index] = True
+    return mask
+
+
+class NoSplit(UserError):
     """The source exists, but not this split of it."""
 
 
@@ -501,8 +421,8 @@ def find_tables(path: Path) -> list[Path]:
     return sorted(tables)
 
 
-def load_tables(path: Path, tables: list[Path], split: str) -> Any:
-    """Local parquet or arrow files as a `datasets.Dataset`."""
+def load_tables(path: Path, tables: list[Path], split: str) -> tuple[Any, list[Path]]:
+    """Local parquet or arrow files as a `datasets.Dataset`, and those that were read."""
     import datasets  # slow to import, and the demo does not need it
 
     datasets.disable_progress_bars()
@@ -510,16 +430,17 @@ def load_tables(path: Path, tables: list[Path], split: str) -> Any:
     if not selected:
         shown = ", ".join(t.name for t in tables[:4])
         if split != "train":
-            raise _NoSplit(f"{path}: no {split!r} among {shown}")
+            raise NoSplit(f"{path}: no {split!r} among {shown}")
         if any(of_split(path, tables, other) for other in SPLITS):
             way_out = "give one file or, to pretrain, --split NAME"
             raise UserError(f"{path}: no train among {shown}; {way_out}")
     try:
         if (path / "state.json").exists():
-            return datasets.load_from_disk(str(path))
-        files = [str(t) for t in selected or tables]
-        kind = "parquet" if files[0].endswith(".parquet") else "arrow"
-        return datasets.load_dataset(kind, data_files=files, split="train")
+            return datasets.load_from_disk(str(path)), tables
+        files = selected or tables
+        kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
+        names = [str(file) for file in files]
+        return datasets.load_dataset(kind, data_files=names, split="train"), files
     except Exception as error:
         raise UserError(f"{path}: {first_line(error)}") from error
 
@@ -559,7 +480,7 @@ def load_hub(source: str, split: str) -> Any:
         names = datasets.get_dataset_split_names(source)
         wanted = next((n for n in SPLITS.get(split, (split,)) if n in names), None)
         if wanted is None:
-            raise _NoSplit(f"{source}: no split {split!r}; it has {', '.join(names)}")
+            raise NoSplit(f"{source}: no split {split!r}; it has {', '.join(names)}")
         return datasets.load_dataset(source, split=wanted)
     except UserError:
         raise
@@ -575,8 +496,13 @@ def open_table(
     image_column: str | None,
     label_column: str | None,
     classes: tuple[str, ...] | None,
+    files: Sequence[Path] = (),
 ) -> ImageSplit:
-    """Find the image and label columns by their feature types, unless they are named."""
+    """Find the image and label columns by their feature types, unless they are named.
+
+    Args:
+        files: that the table was read from; default: those of `datasets`' own cache.
+    """
     import datasets
 
     columns = dataset.features
@@ -608,7 +534,7 @@ def open_table(
         or list_element(columns[label_column])
     ):
         raise UserError(f"{source}: {label_column!r} holds no labels, a value or a list of values")
-    encoded = Cells(undecoded, image_column)
+    encoded = Cells(undecoded, image_column, files or cache_files(dataset))
     values: Any = [None] if label_column is None else dataset[label_column][:]
     kind = columns.get(label_column)
     if (inner := list_element(kind)) and None not in values:
@@ -625,16 +551,25 @@ def open_table(
 
 
 class Cells:
-    """One column of a table, read cell by cell, twenty times as fast as by `datasets` itself."""
+    """One column of a table, read cell by cell, twenty times as fast as by `datasets` itself.
 
-    def __init__(self, dataset: Any, column: str) -> None:
+    Attributes:
+        files: that hold the table.
+    """
+
+    def __init__(self, dataset: Any, column: str, files: Sequence[Path] = ()) -> None:
         self.table, self.column = dataset.select_columns(column).with_format("arrow"), column
+        self.files = files
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Any:
         return self.table[index][self.column][0].as_py()
+
+
+def cache_files(dataset: Any) -> list[Path]:
+    return [Path(file["filename"]) for file in dataset.cache_files]
 
 
 def list_element(kind: Any) -> Any:
@@ -662,7 +597,7 @@ def open_folder(root: Path, split: str, classes: tuple[str, ...] | None) -> Imag
     matching = [p for n in SPLITS.get(split, (split,)) for p in folders if p.name.lower() == n]
     is_split = {name for names in SPLITS.values() for name in names}
     if not matching and split != "train":
-        raise _NoSplit(f"{root}: no {split!r} folder in it")
+        raise NoSplit(f"{root}: no {split!r} folder in it")
     if not matching and any(p.name.lower() in is_split for p in folders):
         raise UserError(f"{root}: it has {', '.join(p.name for p in folders)} but no train folder")
     base = matching[0] if matching else root

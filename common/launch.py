@@ -18,17 +18,17 @@ import torchvision
 from accelerate import Accelerator
 
 from common.cli import world_size
-from common.config import RunConfig
 from common.errors import UserError
 
 
-def launch(run_cfg: RunConfig, one_thread: bool = False) -> Accelerator:
+def launch(precision: str, one_thread: bool = False) -> Accelerator:
     """The accelerator of this process.
 
     On GPUs convolutions of float32 are TF32 (torch's default: 10 bits of mantissa), and the fastest
     of cudnn's; matrix products, and so views, similarities and LARS, are float32.
 
     Args:
+        precision: of the networks; "bf16" and "fp16" are Accelerate's mixed precision.
         one_thread: compute on one thread, unless `OMP_NUM_THREADS` is set. Operations of a small
             network are so short that two threads mostly wait for each other at barriers, and where
             another process takes a core they do little else (1,400 pairs/s fell to 40).
@@ -37,7 +37,7 @@ def launch(run_cfg: RunConfig, one_thread: bool = False) -> Accelerator:
         UserError: another number of processes is linked than the environment says.
     """
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
-    mixed = run_cfg.precision if run_cfg.precision in ("bf16", "fp16") else "no"
+    mixed = precision if precision in ("bf16", "fp16") else "no"
     accelerator = Accelerator(cpu=not accelerated, mixed_precision=mixed)
     if accelerator.num_processes != world_size():  # by which settings have been checked
         raise UserError(

@@ -34,10 +34,10 @@ from common.encoders import CIFAR, full_name
 from common.errors import UserError
 from common.files import atomic_write_bytes, read_json
 from eval import report
-from eval.finetune import PART
 from eval.published import DATA, PUBLISHED, R18, Row, data_set
 from eval.report import as_markdown, rows_of_file
 from eval.results import with_interval
+from eval.training import PART
 
 SUBJECTS = {"pixels": "raw pixels", "random": "random encoder", "encoder": ""}
 PROTOCOLS = {

@@ -23,8 +23,8 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +37,19 @@ if __name__ == "__main__":  # a mistake is reported before torch is imported
     )
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.augment import Batched
-from common.data import Batch, ImageSplit, batch_indices, generator, name_of, subset
+from common.data import ImageSplit, among, generator, name_of, subset
 from common.errors import UserError
+from eval.batch_norm import globalize
 from eval.encoder import Cut, Encoder, load
-from eval.features import digest_of
 from eval.knn import accuracy
-from eval.linear import MEMORY_GB, predictions, train_views
-from eval.results import Subject, changed, confidence, name_of_record, record, subjects
+from eval.results import changed, confidence, name_of_record, record
+from eval.splits import to_choose_on
+from eval.subjects import Subject, subjects
+from eval.training import Order, Speed, train
 from eval.unfinished import Unfinished
 
-PART = 256  # images that go through the network at once
 FEW = 256  # the batch size where images are small or few
 ETA = 0.001  # trust coefficient of LARS (arXiv 1708.03888)
 
@@ -260,168 +259,176 @@ def optimizer_of(
 # ---- training ------------------------------------------------------------------------------------
 
 
+def initial(
+    encoder: Encoder, classes: int, protocol: Protocol, settings: Settings
+) -> nn.Sequential:
+    """A copy of the encoder and a new classifier, in training mode but for frozen layers.
+
+    Raises:
+        UserError: a BatchNorm cannot share its statistics among processes; or see `freeze`.
+    """
+    network = copy.deepcopy(encoder.network).train()
+    freeze(network, settings.freeze)
+    torch.manual_seed(settings.seed)
+    classifier = nn.Linear(int(network.num_features), classes)  # type: ignore[arg-type]
+    if protocol.zero_init:
+        nn.init.zeros_(classifier.weight)
+        nn.init.zeros_(classifier.bias)
+    model = nn.Sequential(network, classifier.to(next(network.parameters())))
+    try:
+        globalize(model)
+    except ValueError as error:
+        raise UserError(f"on several processes: {error}") from error
+    return model
+
+
 def fine_tune(
-    encoder: Encoder,
+    subject: Subject,
     images: ImageSplit,
     protocol: Protocol,
     settings: Settings,
-    device: str,
     unfinished: Unfinished,
     progress: dict[str, Any],
-) -> nn.Sequential:
-    """Encoder and classifier after the last epoch, in evaluation mode; `encoder` is not changed.
+) -> tuple[nn.Sequential, Speed]:
+    """Encoder and classifier after the last epoch, in evaluation mode; `subject` is not changed.
 
     Args:
         protocol: with one rate and one length.
         progress: is saved beside the state of this training.
     """
-    assert images.labels is not None
     (rate,), (epochs,) = protocol.rates, protocol.epochs
+    model = initial(subject.encoder, len(images.classes), protocol, settings)
     size = min(protocol.batch_size, len(images))
-    steps, peak = len(images) // size * epochs, protocol.peak(rate, size)
-    network = copy.deepcopy(encoder.network).train()
-    freeze(network, settings.freeze)
-    torch.manual_seed(settings.seed)
-    classifier = nn.Linear(int(network.num_features), len(images.classes))  # type: ignore[arg-type]
-    if protocol.zero_init:
-        nn.init.zeros_(classifier.weight)
-        nn.init.zeros_(classifier.bias)
-    model = nn.Sequential(network, classifier).to(device)
+    order, peak = (
+        Order(torch.arange(len(images)), size, epochs, settings.seed),
+        protocol.peak(rate, size),
+    )
     optimizer = optimizer_of(model, protocol, settings.weight_decay)
-    first = unfinished.state.get("step", 0)
-    if first:
-        model.load_state_dict(unfinished.state["model"])
-        optimizer.load_state_dict(unfinished.state["optimizer"])
-    augmentation = Batched(train_views(encoder.input))
-
-    def batches(first: int) -> Iterator[Batch]:
-        order = {"batch_size": size, "count": len(images), "seed": settings.seed}
-        orders = (batch_indices(s, **order, drop_last=True) for s in range(first, steps))
-        return images.batches(orders, workers=2)
-
-    def state() -> dict[str, Any]:
-        return progress | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-
-    description = f"finetune {protocol.name}, rate {rate:g}, {epochs} epochs"
-    for step, batch in unfinished.steps(batches, steps, description, state, first):
-        stream = generator(settings.seed, "finetune", step)
-        draws = torch.rand((size, augmentation.draws), generator=stream, dtype=torch.float64)
-        labels = images.labels[batch.indices].to(device)
-        optimizer.zero_grad()
-        for part in torch.arange(size).split(PART):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
-            views = augmentation(batch.images[rows].to(device), draws[rows], batch.sizes[rows])
-            loss = F.cross_entropy(model(views), labels[rows], reduction="sum") / size
-            loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.step()
-    return model.eval()
+    speed = train(
+        model,
+        optimizer,
+        subject.crops(images, order, "finetune"),
+        order,
+        lambda step: [cosine(peak, step, order.steps)] * len(optimizer.param_groups),
+        unfinished,
+        what=f"finetune {protocol.name}, rate {rate:g}, {epochs} epochs",
+        accelerator=subject.accelerator,
+        precision=subject.precision,
+        progress=progress,
+    )
+    return model.eval(), speed
 
 
-def hits(predicted: Iterable[tuple[Tensor, Tensor]]) -> int:
-    return sum(int((logits.argmax(1) == labels).sum()) for logits, labels in predicted)
+def cosine(peak: float, step: int, steps: int) -> float:
+    return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def best_of(
     subject: Subject,
-    train: ImageSplit,
+    images: ImageSplit,
+    choice: ImageSplit,
     protocol: Protocol,
     settings: Settings,
     unfinished: Unfinished,
-) -> tuple[nn.Sequential, Protocol]:
-    """The network and the protocol of the rate and length that are best on held-out images.
+) -> tuple[nn.Sequential, Protocol, Speed]:
+    """The network and the protocol of the rate and length that are best on the images to choose on.
 
-    A tenth of `train`, at most 10,000 images, is held out if there is a choice.
+    Args:
+        images, choice: to train on and to choose on.
     """
     options = [
         replace(protocol, rates=(rate,), epochs=(epochs,))
         for rate, epochs in itertools.product(protocol.rates, protocol.epochs)
     ]
-    encoder, device = subject.encoder, subject.device
     if len(options) == 1:
-        model = fine_tune(encoder, train, options[0], settings, device, unfinished, {})
-        return model, options[0]
-    held_out = torch.zeros(len(train), dtype=torch.bool)
-    order = torch.randperm(len(train), generator=generator(settings.seed, "held out"))
-    held_out[order[: max(1, min(len(train) // 10, 10_000))]] = True
-    train, validation = subset(train, ~held_out, "9/10"), subset(train, held_out, "1/10")
-    train.into_memory(MEMORY_GB)
-    validation.into_memory(MEMORY_GB)
-    index = torch.arange(len(validation))
+        model, speed = fine_tune(subject, images, options[0], settings, unfinished, {})
+        return model, options[0], speed
     done = {k: unfinished.state.get(k, v) for k, v in (("option", 0), ("most", -1), ("best", -1))}
     weights: Any = unfinished.state.get("weights")
+    speed = Speed(0.0, 0.0)
     for i in range(done["option"], len(options)):
         progress = {**done, "option": i, "weights": weights}
-        model = fine_tune(encoder, train, options[i], settings, device, unfinished, progress)
-        correct = hits(predictions(model, validation, encoder.input, index, device))
+        model, speed = fine_tune(subject, images, options[i], settings, unfinished, progress)
+        outputs, labels = predictions(subject, model, choice)
+        correct = int((outputs.argmax(1) == labels).sum())
         if correct > done["most"]:
             done |= {"most": correct, "best": i}
             weights = copy.deepcopy(model.state_dict())
         done["option"] = i + 1
         unfinished.save(**done, weights=weights, step=0)
-    model = nn.Sequential(copy.deepcopy(encoder.network), nn.Identity())
-    width, classes = weights["1.weight"].shape[::-1]
-    model[1] = nn.Linear(width, classes)
+    model = initial(subject.encoder, len(images.classes), protocol, settings)
     model.load_state_dict(weights)
-    return model.to(device).eval(), options[done["best"]]
+    return model.eval(), options[done["best"]], speed
 
 
-def judge(subject: Subject, settings: Settings) -> None:
-    train, test = subject.splits()
+def predictions(subject: Subject, model: nn.Module, images: ImageSplit) -> tuple[Tensor, Tensor]:
+    """(N, C) logits of the images that can be decoded, and their (N,) labels."""
+    assert images.labels is not None
+    outputs, found = subject.encode(model.to(subject.device), images)
+    return outputs, images.labels[found]
+
+
+def judge(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """The record of the judgement, which is also printed and, for a run, written."""
+    images, test = subject.splits()
     if subject.encoder.name == "pixels":
         raise UserError("--weights pixels: there is nothing to fine-tune")
-    selected = choose(train, settings.label_fraction, settings.subset, settings.seed)
-    all_labels, classes = bool(selected.all()), len(train.classes)
+    selected = choose(images, settings.label_fraction, settings.subset, settings.seed)
+    all_labels, classes = bool(selected.all()), len(images.classes)
     listed = round(100 * selected.double().mean().item()) if settings.subset else None
     percent = 100 * settings.label_fraction if listed is None else max(1, listed)
     protocol = protocol_of(subject.encoder, settings, percent)
-    train = train if all_labels else subset(train, selected, f"{percent:g} % of the labels")
-    size = batch_of(protocol, settings, len(train), subject.encoder.input.size)
+    if protocol.lars and settings.weight_decay:
+        raise UserError("--weight-decay: not with LARS, whose protocol has none")
+    training, choice, choices = selected, images, len(protocol.rates) * len(protocol.epochs)
+    if choices > 1:
+        # As BYOL's local validation: other images than the few that are trained on, where there are
+        pool = None if all_labels else (~selected).nonzero()[:, 0]
+        rest, choice, index = to_choose_on(images, subject.validation(), settings.seed, pool)
+        training = selected & among(rest, len(images))
+        choice = subset(choice, among(index, len(choice)), "to choose on")
+    train_images = subset(images, training, f"{percent:g} % of the labels")
+    size = batch_of(protocol, settings, len(train_images), subject.encoder.input.size)
     protocol = replace(protocol, batch_size=size)
     default_layer = layer_of(subject.encoder, replace(settings, layer=None))
     name = f"finetune-{percent:g}-{protocol.name}"  # percent of the labels
     name += "" if subject.encoder.layer == default_layer else subject.encoder.suffix
     name += f"-freeze{settings.freeze}" if settings.freeze else ""
-    train.into_memory(MEMORY_GB)
-    test.into_memory(MEMORY_GB)
-    if protocol.lars and settings.weight_decay:
-        raise UserError("--weight-decay: not with LARS, whose protocol has none")
-    preprocess = subject.encoder.input
-    key = f"{digest_of(subject.encoder.network, preprocess, train)} {protocol} {settings}"
-    unfinished = Unfinished(subject.folder, name_of_record(subject, name), key)
-    model, chosen = best_of(subject, train, protocol, settings, unfinished)
-    testing = predictions(model, test, preprocess, torch.arange(len(test)), subject.device)
-    rankings, truths = zip(*((x.argsort(1, descending=True), y) for x, y in testing), strict=True)
-    ranking, truth = torch.cat(rankings), torch.cat(truths)
+    chosen_images = hashlib.sha256(selected.numpy().tobytes()).hexdigest()
+    here = replace(settings, run="", data="", workers=0)  # without what makes no difference
+    key = f"{subject.digest(images)} {chosen_images} {protocol} {here}"
+    unfinished = Unfinished(subject.folder, name_of_record(subject, name), key, subject.accelerator)
+    model, chosen, speed = best_of(subject, train_images, choice, protocol, settings, unfinished)
+    outputs, truth = predictions(subject, model, test)
+    ranking = outputs.argsort(1, descending=True)
     top1 = accuracy(ranking, truth)
-    record(
+    row = record(
         subject,
         name,
         top1=top1,
         top5=accuracy(ranking, truth, 5) if classes > 5 else None,
-        counts=(len(train), len(truth)),
+        counts=(int(selected.sum()), len(truth)),
         interval=confidence(top1, len(truth)),
-        labels=None if all_labels else hashlib.sha256(selected.numpy().tobytes()).hexdigest(),
+        labels=None if all_labels else chosen_images,
         subset=settings.subset or None,
         layer=subject.encoder.layer or None,
         lr=round(chosen.peak(chosen.rates[0], chosen.batch_size), 6),
-        chosen_of=len(protocol.rates) * len(protocol.epochs),
+        chosen_of=choices,
         probe_epochs=chosen.epochs[0],
         probe_batch_size=chosen.batch_size,
         probe_weight_decay=settings.weight_decay or None,
         probe_seed=settings.seed,
         changed=changed(settings, "epochs", "base_lr", "batch_size", "weight_decay"),
         seconds=unfinished.seconds(),
+        speed=asdict(speed),
     )
     unfinished.remove()
+    return row
 
 
 def main(settings: Settings) -> None:
-    s = settings
-    layer = layer_of(load(s.run, s.weights), s)
-    columns = (s.image_column, s.label_column)
-    for subject in subjects(s.run, s.weights, (), s.data, layer, columns=columns):
+    layer = layer_of(load(settings.run, settings.weights), settings)
+    for subject in subjects(settings, layer=layer):
         judge(subject, settings)
 
 

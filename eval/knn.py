@@ -26,13 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.data import ImageSplit, open_train_test, subset
+from common.data import ImageSplit, subset
 from common.encoders import evaluation_mode
 from common.errors import UserError
 from common.run import Run
 from eval.encoder import Preprocess
 from eval.features import extract
-from eval.results import Subject, confidence, record, subjects
+from eval.processes import gather, place, share
+from eval.results import confidence, record
+from eval.splits import open_train_test
+from eval.subjects import Subject, subjects
 
 
 def predict(
@@ -60,6 +63,7 @@ def nearest(
     k: int,
     *,
     exclude_self: bool = False,
+    first: int = 0,
     chunk: int = 1024,
     bank_chunk: int = 16_384,
     device: torch.device | str | None = None,
@@ -70,7 +74,8 @@ def nearest(
     similarities are in memory.
 
     Args:
-        exclude_self: the queries are the bank, and none is its own neighbour.
+        exclude_self: the queries are rows of the bank, and none is its own neighbour.
+        first: the row of the first query.
         device: where to compute; default: where the queries are.
 
     Returns:
@@ -85,17 +90,17 @@ def nearest(
             part.new_empty(len(part), 0),
             torch.empty(len(part), 0, dtype=torch.long, device=device),
         )
-        for first, rows in zip(
+        for begin, rows in zip(
             range(0, len(bank), bank_chunk), bank.split(bank_chunk), strict=True
         ):
             similarity = part @ F.normalize(rows.to(part), dim=1).T
             if exclude_self:
-                column = torch.arange(start, start + len(part), device=device) - first
+                column = torch.arange(start, start + len(part), device=device) + first - begin
                 inside = ((column >= 0) & (column < len(rows))).nonzero()[:, 0]
                 similarity[inside, column[inside]] = -torch.inf
             value, index = similarity.topk(min(k, len(rows)), dim=1)
             value = torch.cat([best[0], value], dim=1)
-            index = torch.cat([best[1], index + first], dim=1)
+            index = torch.cat([best[1], index + begin], dim=1)
             value, order = value.topk(min(k, value.shape[1]), dim=1)
             best = value, index.gather(1, order)
         results.append(tuple(x.to(queries.device) for x in best))
@@ -175,13 +180,20 @@ def subsample(images: ImageSplit, count: int) -> ImageSplit:
 
 
 def judge(subject: Subject, settings: Settings) -> None:
-    train, test = subject.opened()
+    train, test = subject.labelled()
     start = time.perf_counter()
     bank, labels = subject.extract(train)
     queries, truth = (bank, labels) if test is None else subject.extract(test)
-    similarity, index = nearest(
-        queries, bank, max(settings.k), exclude_self=test is None, device=subject.device
+    mine = share(len(queries), *place(subject.accelerator))
+    found = nearest(
+        queries[mine],
+        bank,
+        max(settings.k),
+        exclude_self=test is None,
+        first=mine.start,
+        device=subject.device,
     )
+    similarity, index = (gather(rows, len(queries), subject.accelerator) for rows in found)
     for k, temperature in itertools.product(settings.k, settings.temperature):
         ranking, _ = vote(similarity[:, :k], labels[index[:, :k]], len(train.classes), temperature)
         top1 = accuracy(ranking, truth)
@@ -202,9 +214,7 @@ def judge(subject: Subject, settings: Settings) -> None:
 
 
 def main(settings: Settings) -> None:
-    s = settings
-    columns = (s.image_column, s.label_column)
-    for subject in subjects(s.run, s.weights, s.baselines, s.data, s.layer, columns=columns):
+    for subject in subjects(settings):
         judge(subject, settings)
 
 

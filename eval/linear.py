@@ -14,8 +14,10 @@ A command that was stopped resumes when it is given again.
 
 import math
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
 
 from common import cli
 from eval.settings import Linear as Settings
@@ -26,20 +28,18 @@ if __name__ == "__main__":  # a mistake is reported before torch is imported
     )
 
 import torch
-import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
-from common.augment import Batched
-from common.data import ImageSplit, batch_indices, generator
-from common.errors import UserError
-from eval.encoder import Preprocess
-from eval.features import digest_of, fingerprint, prepare
+from common.data import ImageSplit, generator
+from eval.identity import fingerprint
 from eval.knn import accuracy
-from eval.results import Subject, changed, confidence, name_of_record, record, subjects
+from eval.processes import place
+from eval.results import changed, confidence, name_of_record, record
+from eval.splits import to_choose_on
+from eval.subjects import Subject, subjects
+from eval.training import Order, Speed, train
 from eval.unfinished import Unfinished
-
-MEMORY_GB = 4.0  # decode once and keep the pixels if they need less than this
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,16 @@ class Protocol:
     rates: tuple[float, ...]  # at batch 256; one of several is chosen on held-out images
     batch_size: int
     epochs: int
+    scaled: bool = True  # the rates grow with the batch
+    partial: bool = False  # an epoch ends with a smaller batch, which otherwise is left out
     nesterov: bool = True
     milestones: tuple[float, ...] = ()  # fractions of training at which the rate falls tenfold
     init_std: float = 0.0  # of the normal initial weights; the biases start at 0
     augment: bool = True  # crop and flip through the network; False: features computed once
+
+    def peaks(self) -> list[float]:
+        """The rates at this batch size."""
+        return [rate * (self.batch_size / 256 if self.scaled else 1) for rate in self.rates]
 
     def decay_at(self, step: int, steps: int) -> float:
         """The factor of the rates at a step: tenfold steps down, else a cosine to 0."""
@@ -72,6 +78,8 @@ MOCO = Protocol(
     rates=(30.0,),
     batch_size=256,
     epochs=100,
+    scaled=False,
+    partial=True,
     nesterov=False,
     milestones=(0.6, 0.8),
     init_std=0.01,
@@ -108,233 +116,173 @@ def protocol_of(subject: Subject, settings: Settings) -> Protocol:
 # ---- the classifier ------------------------------------------------------------------------------
 
 
-class Probe:
+class Probe(nn.Module):
     """R linear classifiers, one for each learning rate, trained at once on the same batches.
 
     Args:
-        features, classes: F and C of the (R, F + 1, C) weights, whose last row is the bias.
+        features, classes: F and C of the R weights, (F + 1, C) each, whose last row is the bias.
     """
 
-    def __init__(
-        self, features: int, classes: int, protocol: Protocol, device: str = "cpu", seed: int = 1
-    ) -> None:
-        self.protocol = protocol
-        scale = protocol.batch_size / 256
-        self.rates = torch.tensor(protocol.rates, device=device).view(-1, 1, 1) * scale
-        shape = (len(protocol.rates), features + 1, classes)
-        weight = torch.randn(shape[1:], generator=generator(seed, "probe")) * protocol.init_std
+    def __init__(self, features: int, classes: int, protocol: Protocol, seed: int = 1) -> None:
+        super().__init__()
+        stream = generator(seed, "probe")
+        weight = torch.randn(features + 1, classes, generator=stream) * protocol.init_std
         weight[-1] = 0
-        self.weight = weight.expand(shape).clone().to(device)
-        self.velocity = torch.zeros_like(self.weight)
+        self.weights = nn.ParameterList(weight.clone() for _ in protocol.rates)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """(B, F) to (R, B, C)."""
-        joined = self.weight.permute(1, 0, 2).flatten(1)  # one product in place of R
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, F) to the logits (B, R, C)."""
+        joined = torch.cat(list(self.weights), dim=1)  # one product in place of R
         logits = torch.addmm(joined[-1], features, joined[:-1])
-        return logits.unflatten(1, (len(self.weight), -1)).permute(1, 0, 2)
-
-    def step(self, features: Tensor, labels: Tensor, decay: float) -> None:
-        """One SGD step of every classifier on (B, F) features and (B,) labels."""
-        error = self.logits(features).softmax(-1) - F.one_hot(labels, self.weight.shape[-1])
-        error = error.permute(1, 0, 2).flatten(1) / len(features)  # of the mean cross entropy
-        grad = torch.cat([features.T @ error, error.sum(0, keepdim=True)])
-        grad = grad.unflatten(1, (len(self.weight), -1)).permute(1, 0, 2)  # (R, F + 1, C)
-        self.velocity.mul_(0.9).add_(grad)
-        update = grad.add_(self.velocity, alpha=0.9) if self.protocol.nesterov else self.velocity
-        self.weight.sub_(update * self.rates * decay)
-
-    def select(self, chosen: int) -> None:
-        """Discard all classifiers but one."""
-        self.weight, self.rates = self.weight[chosen, None], self.rates[chosen, None]
+        return logits.unflatten(1, (len(self.weights), -1))
 
 
-def hold_out(count: int, protocol: Protocol, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on, and of those to choose the rate on.
-
-    The latter are a tenth, at most 10,000, if there is a choice, else none.
-
-    Raises:
-        UserError: there is a choice, and only one image.
-    """
-    if len(protocol.rates) == 1:
-        return torch.arange(count), torch.arange(0)
-    if count < 2:
-        raise UserError("one training image: none is left to choose the learning rate on")
-    order = torch.randperm(count, generator=generator(seed, "held out"))
-    size = max(1, min(count // 10, 10_000))  # arXiv 2006.07733 App. C.1: 10,009 of ImageNet
-    return order[size:].sort().values, order[:size].sort().values
+def optimizer_of(probe: Probe, protocol: Protocol) -> torch.optim.Optimizer:
+    """SGD with a group for each classifier, whose rates are set before every step."""
+    groups = [{"params": [weight]} for weight in probe.weights]
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=protocol.nesterov)
 
 
-def total_steps(count: int, protocol: Protocol) -> int:
-    return count // min(protocol.batch_size, count) * protocol.epochs
+# ---- features computed once ----------------------------------------------------------------------
 
 
-def shuffled(index: Tensor, protocol: Protocol, seed: int, first: int = 0) -> Iterator[Tensor]:
-    """(B,) of the (N,) indices for every step from `first` on."""
-    size, count = min(protocol.batch_size, len(index)), len(index)
-    for step in range(first, total_steps(count, protocol)):
-        order = batch_indices(step, batch_size=size, count=count, seed=seed, drop_last=True)
-        yield index[order]
+class Standardised:
+    """Features of central crops, computed once, standardised by the training images' statistics."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        features, _ = subject.features(subject.splits()[0])
+        self.mean, self.std = features.mean(0), features.std(0) + 1e-6
+
+    def __call__(self, images: ImageSplit, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, F) features of those images at `index` that can be decoded, and their (N,) labels."""
+        assert images.labels is not None
+        features, found = self.subject.features(images)
+        kept = torch.isin(found, index)
+        return (features[kept] - self.mean) / self.std, images.labels[found[kept]]
 
 
-def train(
-    probe: Probe,
-    batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]],
-    steps: int,
-    unfinished: Unfinished,
-) -> None:
-    """Train for the remaining steps of a protocol.
-
-    Args:
-        batches: maps a first step to the (features, labels) of the steps from there on.
-    """
-    first = unfinished.state.get("step", 0)
-    for name in ("weight", "velocity") if first else ():
-        getattr(probe, name).copy_(unfinished.state[name])
-
-    def state() -> dict[str, Tensor]:
-        return {"weight": probe.weight, "velocity": probe.velocity}
-
-    description = f"linear {probe.protocol.name}"
-    for step, (features, labels) in unfinished.steps(batches, steps, description, state, first):
-        probe.step(features, labels, probe.protocol.decay_at(step, steps))
-
-
-# ---- through the network -------------------------------------------------------------------------
-
-
-def train_views(preprocess: Preprocess) -> v2.Transform:
-    """Crop and flip, as in pretraining but without colour operations (CODE data.py:164)."""
-    mode = v2.InterpolationMode(preprocess.interpolation)
-    steps = [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.RandomResizedCrop(
-            preprocess.size, scale=(0.08, 1.0), interpolation=mode, antialias=True
-        ),
-        v2.RandomHorizontalFlip(),
-    ]
-    if preprocess.mean and preprocess.std:
-        steps.append(v2.Normalize(preprocess.mean, preprocess.std))
-    return v2.Compose(steps)
-
-
-@torch.no_grad()
-def augmented(
-    network: nn.Module,
-    images: ImageSplit,
-    preprocess: Preprocess,
-    index: Tensor,
-    protocol: Protocol,
-    device: str,
-    seed: int,
-    first: int,
+def in_memory(
+    features: Tensor, labels: Tensor, order: Order, accelerator: Accelerator, first: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, F) features of crops and (B,) labels, of images at `index`, for steps from `first` on."""
-    assert images.labels is not None
-    augmentation = Batched(train_views(preprocess))
-    batches = images.batches(shuffled(index, protocol, seed, first), workers=2)
-    for step, batch in enumerate(batches, first):
-        shape = (len(batch.indices), augmentation.draws)
-        stream = generator(seed, "linear", step)
-        draws = torch.rand(shape, generator=stream, dtype=torch.float64)
-        views = augmentation(batch.images.to(device), draws, batch.sizes)
-        yield network(views).float(), images.labels[batch.indices].to(device)
+    """This process's share of every step from `first` on, of (N, F) features and (N,) labels.
 
-
-@torch.inference_mode()
-def predictions(
-    network: nn.Module, images: ImageSplit, preprocess: Preprocess, index: Tensor, device: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, F) outputs for central crops of the images at `index`, (M,), and their (B,) labels."""
-    assert images.labels is not None
-    parts = index.split(256)
-    for part, batch in zip(parts, images.batches(parts, workers=2), strict=True):
-        outputs = network(prepare(batch, preprocess, device)).float()
-        decoded = batch.indices == part  # another image replaces one that cannot be decoded
-        yield outputs[decoded.to(device)], images.labels[part[decoded]].to(device)
+    A step is one part.
+    """
+    for step in range(first, order.steps):
+        index = order.batch(step)[order.share(step, 0, *place(accelerator))]
+        yield features[index].to(accelerator.device), labels[index].to(accelerator.device)
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def run_probe(
-    subject: Subject, protocol: Protocol, seed: int, unfinished: Unfinished
-) -> tuple[Tensor, Tensor, float]:
-    """(N, C) ranked classes of the test images, their (N,) labels, and the learning rate used."""
+@dataclass(frozen=True)
+class Judged:
+    """What a linear evaluation found."""
+
+    ranking: Tensor  # (N, C) classes of each test image, from most to least likely
+    truth: Tensor  # (N,) their labels
+    rate: float  # that was chosen
+    speed: Speed
+
+
+def train_and_test(
+    subject: Subject,
+    protocol: Protocol,
+    training: Tensor,
+    choice: tuple[ImageSplit, Tensor],
+    settings: Settings,
+    unfinished: Unfinished,
+) -> Judged:
+    """Train a classifier for each rate, choose one of several, and classify the test images.
+
+    Args:
+        training: (N,) training images.
+        choice: images, with (M,) indices, to choose a rate on.
+    """
     images, test = subject.splits()
-    assert images.labels is not None
-    network, preprocess, device = subject.encoder.network, subject.encoder.input, subject.device
-    training, held_out = hold_out(len(images), protocol, seed)
+    accelerator, network, seed = subject.accelerator, subject.network, settings.seed
+    dtype = torch.float64 if subject.precision == "fp64" else torch.float32
+    order = Order(training, protocol.batch_size, protocol.epochs, seed, protocol.partial)
     if protocol.augment:
-        images.into_memory(MEMORY_GB)
-        test.into_memory(MEMORY_GB)
-
-        def batches(first: int) -> Iterator[tuple[Tensor, Tensor]]:
-            return augmented(network, images, preprocess, training, protocol, device, seed, first)
-
-        validation = predictions(network, images, preprocess, held_out, device)
-        testing = predictions(network, test, preprocess, torch.arange(len(test)), device)
-        width = int(network.num_features)  # type: ignore[arg-type]
+        frozen, width = network, int(network.num_features)  # type: ignore[arg-type]
+        inputs: Any = subject.crops(images, order, "linear")
     else:
-        bank, labels = subject.extract(images)
-        queries, truth = subject.extract(test)
-        mean, std = bank.mean(0), bank.std(0) + 1e-6
-        bank, queries, device = (bank - mean) / std, (queries - mean) / std, "cpu"
-        if len(bank) < len(images):  # undecodable images were left out
-            training, held_out = hold_out(len(bank), protocol, seed)
+        frozen, rows = None, Standardised(subject)
+        bank, labels = rows(images, training)
+        size = min(protocol.batch_size, len(bank))  # undecodable images are left out
+        order = replace(order, index=torch.arange(len(bank)), batch_size=size, part=size)
+        inputs, width = partial(in_memory, bank, labels, order, accelerator), bank.shape[1]
+    probe = Probe(width, len(images.classes), protocol, seed).to(subject.device, dtype)
 
-        def batches(first: int) -> Iterator[tuple[Tensor, Tensor]]:
-            return ((bank[i], labels[i]) for i in shuffled(training, protocol, seed, first))
+    def logits(images: ImageSplit, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, R, C) of the images at `index` that can be decoded, and their (N,) labels."""
+        if frozen is None:
+            features, labels = rows(images, index)
+            with torch.no_grad():
+                return probe(features.to(subject.device)).cpu(), labels
+        outputs, found = subject.encode(nn.Sequential(frozen, probe).eval(), images, index)
+        return outputs, images.labels[found]  # type: ignore[index]
 
-        validation = iter([(bank[held_out], labels[held_out])])
-        testing = iter([(queries, truth)])
-        width = bank.shape[1]
-    probe = Probe(width, len(images.classes), protocol, device, seed)
-    train(probe, batches, total_steps(len(training), protocol), unfinished)
-    if len(held_out):
-        hits = torch.stack([(probe.logits(x).argmax(-1) == y).sum(1) for x, y in validation]).sum(0)
-        probe.select(int(hits.argmax()))
-    ranked = [(probe.logits(x)[0].argsort(1, descending=True).cpu(), y.cpu()) for x, y in testing]
-    rankings, truths = zip(*ranked, strict=True)
-    return torch.cat(rankings), torch.cat(truths), probe.rates.item()
+    speed = train(
+        probe,
+        optimizer_of(probe, protocol),
+        inputs,
+        order,
+        lambda step: [rate * protocol.decay_at(step, order.steps) for rate in protocol.peaks()],
+        unfinished,
+        what=f"linear {protocol.name}",
+        accelerator=accelerator,
+        precision=subject.precision,
+        frozen=frozen,
+    )
+    chosen = 0
+    if len(protocol.rates) > 1:
+        outputs, labels = logits(*choice)
+        chosen = int((outputs.argmax(-1) == labels[:, None]).sum(0).argmax())
+    outputs, truth = logits(test, torch.arange(len(test)))
+    ranking = outputs[:, chosen].argsort(1, descending=True)
+    return Judged(ranking, truth, protocol.peaks()[chosen], speed)
 
 
-def judge(subject: Subject, settings: Settings) -> None:
-    network = subject.encoder.network.to(subject.device)
+def judge(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """The record of the judgement, which is also printed and, for a run, written."""
     protocol = protocol_of(subject, settings)
-    training, _ = hold_out(len(subject.splits()[0]), protocol, settings.seed)
+    images, _ = subject.splits()
+    training, choice, index = torch.arange(len(images)), images, torch.arange(0)
+    if len(protocol.rates) > 1:
+        training, choice, index = to_choose_on(images, subject.validation(), settings.seed)
     protocol = replace(protocol, batch_size=min(protocol.batch_size, len(training)))  # rates follow
-    before = fingerprint(network)
+    before = fingerprint(subject.network)
     name = f"linear-{protocol.name}{subject.encoder.suffix}"
-    digest = digest_of(network, subject.encoder.input, subject.splits()[0])
-    key = f"{digest} {protocol} {settings.seed}"
-    unfinished = Unfinished(subject.folder, name_of_record(subject, name), key)
-    ranking, truth, rate = run_probe(subject, protocol, settings.seed, unfinished)
-    if fingerprint(network) != before:
+    key = f"{subject.digest(images)} {protocol} {settings.seed} {settings.precision}"
+    unfinished = Unfinished(subject.folder, name_of_record(subject, name), key, subject.accelerator)
+    found = train_and_test(subject, protocol, training, (choice, index), settings, unfinished)
+    if fingerprint(subject.network) != before:
         raise RuntimeError("the encoder changed under the classifier: not a linear evaluation")
-    top1 = accuracy(ranking, truth)
-    record(
+    top1 = accuracy(found.ranking, found.truth)
+    row = record(
         subject,
         name,
         top1=top1,
-        top5=accuracy(ranking, truth, 5) if ranking.shape[1] > 5 else None,
-        counts=(len(subject.splits()[0]), len(truth)),  # tested: without undecodable images
-        interval=confidence(top1, len(truth)),
-        lr=round(rate, 6),
+        top5=accuracy(found.ranking, found.truth, 5) if found.ranking.shape[1] > 5 else None,
+        counts=(len(images), len(found.truth)),  # tested: without undecodable images
+        interval=confidence(top1, len(found.truth)),
+        lr=round(found.rate, 6),
         probe_epochs=protocol.epochs,
         probe_batch_size=protocol.batch_size,
         probe_seed=settings.seed,
         changed=changed(settings, "epochs", "batch_size"),
         seconds=unfinished.seconds(),
+        speed=asdict(found.speed),
     )
     unfinished.remove()
+    return row
 
 
 def main(settings: Settings) -> None:
-    s = settings
-    columns = (s.image_column, s.label_column)
-    for subject in subjects(s.run, s.weights, s.baselines, s.data, s.layer, columns=columns):
+    for subject in subjects(settings):
         judge(subject, settings)
 
 

@@ -25,7 +25,8 @@ from common.data import ImageSplit, subset
 from common.errors import UserError
 from common.files import atomic_write_bytes, read_json
 from eval.knn import OnlineKNN, accuracy, predict, subsample
-from eval.results import Subject, subjects
+from eval.settings import KNN
+from eval.subjects import Subject, subjects
 
 Table = Sequence[Sequence[str]]
 SHORT = ' class="short"'
@@ -71,7 +72,7 @@ def classify(run: Path) -> Classified:
     Raises:
         UserError: there is no encoder yet, or there are no labelled images.
     """
-    subject = next(iter(subjects(str(run), "", (), "")))
+    subject = next(iter(subjects(KNN(run=str(run)))))
     train, test = subject.splits()
     train, bank, labels = decoded(subject, subsample(train, OnlineKNN.BANK))
     test, queries, truth = decoded(subject, subsample(test, OnlineKNN.QUERIES))

@@ -25,12 +25,16 @@ class KNN:
     data: str = ""  # images to judge on; default: those of the run
     image_column: str | None = None  # of a table with several, if not the run's
     label_column: str | None = None  # likewise
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # of the network; fp32 has TF32 on a GPU
+    workers: int = 8  # decoding processes, where the images do not fit in memory
+    check_content: bool = False  # tell images apart by all their bytes, not by names and sizes
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     k: tuple[int, ...] = (20, 200)  # neighbours that vote; one result for each
     temperature: tuple[float, ...] = (0.1,)  # T of the votes' weights; one result for each
 
     def __post_init__(self) -> None:
         check_ranges(self, k=(1, math.inf), temperature=(TINY, math.inf), layer=(-1, math.inf))
+        check_ranges(self, workers=(0, 1_000))
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Linear:
     data: str = ""  # images to judge on; default: those of the run
     image_column: str | None = None  # of a table with several, if not the run's
     label_column: str | None = None  # likewise
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # of the network; fp32 has TF32 on a GPU
+    workers: int = 8  # decoding processes, where the images do not fit in memory
+    check_content: bool = False  # tell images apart by all their bytes, not by names and sizes
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     protocol: Literal["", "simclr", "moco", "byol", "features"] = ""  # default: the method's
     epochs: int = 0  # default: the protocol's
@@ -51,7 +58,7 @@ class Linear:
 
     def __post_init__(self) -> None:
         check_ranges(self, layer=(-1, math.inf), epochs=(0, 1_000_000), batch_size=(0, math.inf))
-        check_ranges(self, seed=(0, 2**32 - 1))
+        check_ranges(self, seed=(0, 2**32 - 1), workers=(0, 1_000))
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,9 @@ class Finetune:
     data: str = ""  # images to train and judge on; default: those of the run
     image_column: str | None = None  # of a table with several, if not the run's
     label_column: str | None = None  # likewise
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # of the network; fp32 has TF32 on a GPU
+    workers: int = 8  # decoding processes, where the images do not fit in memory
+    check_content: bool = False  # tell images apart by all their bytes, not by names and sizes
     protocol: Literal["", "simclr", "simclr-v2", "byol"] = ""  # default: the method's
     layer: int | None = None  # 0: from the representation; k: from the head's k-th hidden layer
     label_fraction: float = 1.0  # of the training images, balanced over the classes
@@ -78,7 +88,7 @@ class Finetune:
     def __post_init__(self) -> None:
         check_ranges(self, label_fraction=(TINY, 1), freeze=(0, 5), epochs=(0, 1_000_000))
         check_ranges(self, base_lr=(0, math.inf), batch_size=(0, math.inf), seed=(0, 2**32 - 1))
-        check_ranges(self, weight_decay=(0, math.inf))
+        check_ranges(self, weight_decay=(0, math.inf), workers=(0, 1_000))
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,9 @@ class Transfer:
     data: tuple[str, ...] = ("",)  # sources to judge on; default: that of the run
     image_column: str | None = None  # of a table with several, if not the run's
     label_column: str | None = None  # likewise
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # of the network; fp32 has TF32 on a GPU
+    workers: int = 8  # decoding processes, where the images do not fit in memory
+    check_content: bool = False  # tell images apart by all their bytes, not by names and sizes
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     metric: Literal["", "top1", "mean-per-class", "map11"] = ""
     """default: that of arXiv 2006.07733 App. D for the source's name; else top1, or map11 where
@@ -100,6 +113,7 @@ class Transfer:
 
     def __post_init__(self) -> None:
         check_ranges(self, layer=(-1, math.inf), iterations=(1, math.inf), seed=(0, 2**32 - 1))
+        check_ranges(self, workers=(0, 1_000))
 
 
 @dataclass(frozen=True)

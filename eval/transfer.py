@@ -7,7 +7,7 @@ Protocol (arXiv 2002.05709 App. B.8, arXiv 2006.07733 App. D, after arXiv 1805.0
 augmentation; the short side is resized to the encoder's size, bicubic, and the centre is cut out.
 The classifier is an L2-regularised multinomial logistic regression by L-BFGS. The regularisation is
 one of 45 values, log-spaced in [1e-6, 1e5], chosen on the source's own validation images, or else
-on a fifth of the training images; then the classifier is fitted again to both. The encoder is in
+on a tenth of the training images; then the classifier is fitted again to both. The encoder is in
 evaluation mode. A command that was stopped resumes when it is given again.
 
 Where images have several labels (VOC 2007: a column of lists), each class has a binary classifier,
@@ -20,6 +20,7 @@ plus value / 2 times the squared weights, without biases (scikit-learn's with C 
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from common import cli
 from eval.settings import Transfer as Settings
@@ -33,12 +34,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.data import generator, open_validation
+from common.data import among, generator
 from common.errors import UserError
-from eval.features import digest_of, fingerprint
+from eval.identity import fingerprint
 from eval.knn import accuracy
 from eval.published import MEASURES, data_set
-from eval.results import Subject, confidence, name_of_record, record, subjects
+from eval.results import confidence, name_of_record, record
+from eval.splits import hold_out
+from eval.subjects import Subject, subjects
 from eval.unfinished import Unfinished
 
 VALUES = tuple(torch.logspace(-6, 5, 45, dtype=torch.float64).tolist())
@@ -181,9 +184,9 @@ def metric_of(settings: Settings, source: str, labels: Tensor) -> str:
     return metric
 
 
-def judge(subject: Subject, settings: Settings) -> None:
-    network = subject.encoder.network.to(subject.device)
-    before = fingerprint(network)
+def judge(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """The record of the judgement, which is also printed and, for a run, written."""
+    before = fingerprint(subject.network)
     train, test = subject.splits()
     assert train.labels is not None
     metric = metric_of(settings, subject.source, train.labels)
@@ -191,22 +194,21 @@ def judge(subject: Subject, settings: Settings) -> None:
     protocol = "transfer-linear" + (f"-{metric}" if metric != "top1" else "")
     protocol += subject.encoder.suffix
     preprocess = replace(subject.encoder.input, crop=1.0, interpolation="bicubic")
-    key = f"{digest_of(network, preprocess, train)} {settings}"
-    unfinished = Unfinished(subject.folder, name_of_record(subject, protocol), key)
+    here = replace(settings, run="", data=(), workers=0)  # without what makes no difference
+    key = f"{subject.digest(train, preprocess)} {here}"
+    name = name_of_record(subject, protocol)
+    unfinished = Unfinished(subject.folder, name, key, subject.accelerator)
     (bank, labels), (queries, truth) = (subject.extract(part, preprocess) for part in (train, test))
-    validation = open_validation(subject.source, train.classes, **subject.columns)
+    validation = subject.validation()
     if validation is None:
-        order = torch.randperm(len(bank), generator=generator(settings.seed, "transfer"))
-        count = len(bank) - max(1, len(bank) // 5)
-        if count < 1:
-            raise UserError(f"{train.name}: one image; none is left to choose the value on")
-        order = order.roll(count - len(bank))  # the held-out images come last
-        features, targets = bank[order], labels[order]
+        held_out = hold_out(len(bank), settings.seed)
+        order = torch.cat([torch.arange(len(bank))[~among(held_out, len(bank))], held_out])
+        count, features, targets = len(bank) - len(held_out), bank[order], labels[order]
     else:
-        held_out, held_out_labels = subject.extract(validation, preprocess)
-        features, targets = torch.cat([bank, held_out]), torch.cat([labels, held_out_labels])
-        count = len(bank)
-    if fingerprint(network) != before:
+        more, more_labels = subject.extract(validation, preprocess)
+        count, features = len(bank), torch.cat([bank, more])
+        targets = torch.cat([labels, more_labels])
+    if fingerprint(subject.network) != before:
         raise RuntimeError("the encoder changed: not a judgement of frozen features")
     features, targets = features.to(device), targets.to(device)
 
@@ -221,7 +223,9 @@ def judge(subject: Subject, settings: Settings) -> None:
         return {"best": best, "value": value, "weight": weight, "last": last}
 
     first = state.get("step", 0)
-    for _, (this_value, last) in unfinished.steps(fits, len(VALUES), "transfer", progress, first):
+    fitted = fits(first)
+    for _ in unfinished.steps(len(VALUES), "transfer", progress, first):
+        this_value, last = next(fitted)
         score = measure(scores(features[count:], last).cpu(), targets[count:].cpu())
         if score > best:  # so that the strongest of equals is chosen
             best, value, weight = score, this_value, last
@@ -229,7 +233,7 @@ def judge(subject: Subject, settings: Settings) -> None:
     weight = fit(features, targets, classes, value, start=start, iterations=settings.iterations)
     logits = scores(queries.to(device), weight).cpu()
     multilabel = truth.ndim == 2
-    record(
+    row = record(
         subject,
         protocol,
         top1=measure(logits, truth),  # or the measure that the protocol's name ends in
@@ -241,19 +245,18 @@ def judge(subject: Subject, settings: Settings) -> None:
         mean_per_class=None if multilabel else round(mean_per_class(logits, truth), 3),
         metric=metric,  # by which the regularisation was chosen
         regularisation=value,
-        chosen_on="a fifth of train" if validation is None else "validation",
+        chosen_on="a tenth of train" if validation is None else "validation",
         validation=round(best, 3),
         probe_seed=settings.seed,
         seconds=unfinished.seconds(),
     )
     unfinished.remove()
+    return row
 
 
 def main(settings: Settings) -> None:
-    s = settings
-    columns = (s.image_column, s.label_column)
-    for source in s.data:
-        for subject in subjects(s.run, s.weights, s.baselines, source, s.layer, True, columns):
+    for source in settings.data:
+        for subject in subjects(settings, source=source, multilabel=True):
             judge(subject, settings)
 
 

@@ -156,7 +156,7 @@ def split_batchnorm(model: nn.Module, groups: int) -> nn.Module:
 def is_plain_batchnorm(module: nn.Module) -> bool:
     """Whether a layer is BatchNorm and nothing besides, with weights and running statistics.
 
-    Twin: simclr/model.py, byol/model.py.
+    Twin: simclr/model.py, byol/model.py, eval/batch_norm.py.
     """
     return type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) and not (
         module.weight is None or module.running_mean is None or module.momentum is None

@@ -3,6 +3,7 @@
 golden("simclr_lars")                    the arrays of tests/golden/simclr_lars.npz
 run_processes(function, 2, x)            [function(0, 2, x), function(1, 2, x)] over gloo
 forked("moco", argv, log, 2)             `python -m moco.pretrain ARGV` on two processes, at once
+forked("eval.knn", argv, log, 2)         `python -m eval.knn ARGV` likewise
 pretrain("moco", *argv)                  the same in this process
 evaluate(eval.knn, *argv)                `python -m eval.knn ARGV` in this process
 """
@@ -158,14 +159,14 @@ def _child(source: str, name: str, folder: Path) -> None:
 
 
 def forked(
-    method: str,
+    command: str,
     argv: list[Any],
     log: Path,
     processes: int = 1,
     before: Callable[[], None] | None = None,
 ) -> list[Any]:
-    """`METHOD.pretrain.main` with `argv` on as many processes, each of them forked from a server
-    that has imported everything, with what `accelerate launch` would put in its environment.
+    """A command on as many processes, each of them forked from a server that has imported
+    everything, with what `accelerate launch` would put in its environment.
 
     Args:
         log: where their stdout and stderr are appended.
@@ -176,22 +177,21 @@ def forked(
     """
     forks = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = str(ROOT)  # of the server, which is started once
-    forks.set_forkserver_preload(
-        ["torch.utils.tensorboard", "tests.helpers", *(f"{name}.pretrain" for name in METHODS)]
-    )
+    modules = [*map(module_of, METHODS), "eval.knn", "eval.linear", "eval.finetune"]
+    forks.set_forkserver_preload(["torch.utils.tensorboard", "tests.helpers", *modules])
     linked = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     linked |= {"MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
     children = []
     for rank in range(processes):
         named = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | linked if processes > 1 else {}
-        work = (method, [str(word) for word in argv], log, named, before)
+        work = (command, [str(word) for word in argv], log, named, before)
         children.append(forks.Process(target=_command, args=work))
         children[-1].start()
     return children
 
 
 def _command(
-    method: str,
+    command: str,
     argv: list[str],
     log: Path,
     environment: dict[str, str],
@@ -203,15 +203,24 @@ def _command(
         os.dup2(file.fileno(), 2)
     multiprocessing.set_start_method(None, force=True)  # of workers; as in a command of its own
     torch.set_num_threads(1)
-    sys.argv = [f"{method}.pretrain", *argv]
+    sys.argv = [module_of(command), *argv]
     if before:
         before()
-    _pretrain(method, argv)
+    _run(command, argv)
 
 
-def _pretrain(method: str, argv: list[str]) -> None:
-    module = importlib.import_module(f"{method}.pretrain")
-    cli.run(module.main, *cli.run(cli.parse, method, module.Config, module.RECIPES, argv))
+def module_of(command: str) -> str:
+    return f"{command}.pretrain" if command in METHODS else command
+
+
+def _run(command: str, argv: list[str]) -> None:
+    """What stands at the end of the file of a command."""
+    module = importlib.import_module(module_of(command))
+    if command in METHODS:
+        cli.run(module.main, *cli.run(cli.parse, command, module.Config, module.RECIPES, argv))
+    else:
+        about = (f"python -m {command}", module.__doc__)
+        cli.run(module.main, cli.run(cli.parse_settings, module.Settings, argv, *about))
 
 
 def ended(children: list[Any], timeout: float = 300) -> list[int | None]:
@@ -235,18 +244,22 @@ def free_port() -> int:
 
 def pretrain(method: str, *argv: Any) -> None:
     """`python -m METHOD.pretrain ARGV` in this process, on one thread; a mistake: SystemExit."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier command
-    GradientState._reset_state()
+    forget_processes()
     with one_thread():
-        _pretrain(method, [str(word) for word in argv])
+        _run(method, [str(word) for word in argv])
 
 
 def evaluate(module: Any, *argv: Any) -> None:
     """`python -m eval.NAME ARGV` in this process, on one thread; `module` is eval.NAME."""
-    words, name = [str(word) for word in argv], f"python -m {module.__name__}"
+    forget_processes()
     with one_thread():
-        parsed = cli.run(cli.parse_settings, module.Settings, words, name, module.__doc__)
-        cli.run(module.main, parsed)
+        _run(module.__name__, [str(word) for word in argv])
+
+
+def forget_processes() -> None:
+    """Forget what an earlier command has set up of Accelerate."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @contextlib.contextmanager

@@ -15,12 +15,12 @@ from torchvision.transforms import v2
 import eval.knn
 import eval.linear
 from common import encoders
-from common.data import open_labelled
 from common.files import read_json
 from common.run import Run
 from eval.encoder import load
 from eval.features import encode
 from eval.knn import subsample
+from eval.splits import open_labelled
 from tests.helpers import METHODS, ended, evaluate, forked, pretrain, rows
 
 BATCH, IMAGES, STEPS = 32, 5120, 4

@@ -18,9 +18,12 @@ from common import cli
 from common.checkpoints import Checkpoints
 from common.data import open_images
 from common.errors import UserError
+from common.launch import launch
 from eval.compare import as_markdown
 from eval.encoder import Preprocess, build_seeded, export_metadata, load
-from eval.results import Subject, file_name, record, subjects
+from eval.results import file_name, record
+from eval.settings import KNN
+from eval.subjects import Subject, subjects
 from simclr.config import RECIPES, Config
 from tests.helpers import METHODS, ROOT
 
@@ -307,7 +310,7 @@ def test_long_sources_have_files_of_their_own():
 def test_the_config_of_no_run(tmp_path, content):
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"config\.json: not of a run"):
-        next(subjects(str(tmp_path), "random:resnet18", (), ""))
+        next(subjects(KNN(run=str(tmp_path), weights="random:resnet18")))
     with pytest.raises(UserError, match=r"config\.json: not of a run"):
         cli.parse("simclr", Config, RECIPES, ["--out", str(tmp_path)])
 
@@ -317,9 +320,12 @@ def test_a_hostile_source_in_a_whole_record(tmp_path, capsys):
     folder = tmp_path / "run" / "results"
     folder.parent.mkdir()
     columns = {"image_column": None, "label_column": None}
-    subject = Subject(encoder, "../../../escape", columns, folder, {"data": "demo"})
     images = open_images("demo", "test")
-    subject._splits = (images, images)
+    opened = {"splits": (images, images)}
+    config, accelerator = {"data": "demo"}, launch("fp32")
+    subject = Subject(
+        encoder, "../../../escape", columns, folder, config, accelerator, opened=opened
+    )
     record(subject, "knn20", top1=50.0)
     assert [p.name for p in tmp_path.rglob("*.json")] == [
         "knn20-random-resnet18-on-..-..-..-escape.json"

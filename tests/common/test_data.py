@@ -21,13 +21,10 @@ from common.data import (
     decode,
     epoch_order,
     generator,
-    hold_out_fifth,
     open_images,
-    open_labelled,
-    open_train_test,
-    open_validation,
 )
 from common.errors import UserError
+from eval.splits import hold_out_fifth, open_labelled, open_train_test, open_validation
 from tests.helpers import IMAGES
 
 REAL = IMAGES
@@ -120,7 +117,7 @@ def test_test_comes_before_validation(tmp_path):
             write(tmp_path / name / "ab"[i % 2] / f"{i}.png")
     assert [len(part) for part in open_train_test(str(tmp_path))] == [2, 4]
     assert len(open_images(str(tmp_path), "validation")) == 3
-    assert len(open_validation(str(tmp_path), ("a", "b"))) == 3
+    assert len(open_validation(str(tmp_path), open_images(str(tmp_path)))) == 3
 
 
 @pytest.mark.parametrize("name", ["validation", "valid", "val"])
@@ -129,16 +126,16 @@ def test_validation_is_not_test_as_well(tmp_path, name):
         for i in range(count):
             write(tmp_path / split / "ab"[i % 2] / f"{i}.png")
     train, test = open_train_test(str(tmp_path))
-    assert len(test) == 4 and open_validation(str(tmp_path), train.classes) is None
+    assert len(test) == 4 and open_validation(str(tmp_path), train) is None
     write(tmp_path / "test" / "a" / "0.png")
     assert len(open_train_test(str(tmp_path))[1]) == 1
-    assert len(open_validation(str(tmp_path), train.classes)) == 4
+    assert len(open_validation(str(tmp_path), train)) == 4
 
 
 def test_the_demo_has_no_validation_split():
     train, test = open_train_test("demo")
     assert (len(train), len(test)) == (5120, 2000)
-    assert open_validation("demo", train.classes) is None
+    assert open_validation("demo", train) is None
 
 
 def test_without_a_test_folder_every_fifth_image_is_held_out(tmp_path):
@@ -358,7 +355,7 @@ def test_a_test_split_without_labels_gives_way_to_validation(tmp_path, hidden):
     parquet(tmp_path / "data" / "validation-0.parquet", four, label=kind)
     train, test = open_train_test(str(tmp_path))
     assert (len(train), len(test)) == (6, 4)
-    assert open_validation(str(tmp_path), train.classes) is None  # it is the test split
+    assert open_validation(str(tmp_path), train) is None  # it is the test split
 
 
 def test_shards_and_splits_of_a_folder_of_tables(tmp_path):
@@ -483,7 +480,7 @@ def test_the_hub_path_on_local_files(monkeypatch, held, second):
     monkeypatch.setattr(datasets, "load_dataset", lambda source, split: parts[split])
     train, test = open_train_test("owner/name")
     assert len(test) == second and len(train) + (second == 1) == 6
-    assert open_validation("owner/name", train.classes) is None
+    assert open_validation("owner/name", train) is None
     with pytest.raises(UserError, match="no split 'extra'; it has train"):
         open_images("owner/name", "extra")
 

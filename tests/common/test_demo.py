@@ -6,16 +6,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+import eval.finetune
+import eval.linear
 from common import demo, encoders
-from common.data import open_train_test
+from common.launch import launch
 from common.views import ViewPairs
 from eval.encoder import Encoder, Pixels, Preprocess, build_seeded
 from eval.features import extract
-from eval.finetune import Protocol, Settings, fine_tune
 from eval.knn import accuracy, predict
-from eval.linear import FEATURES, predictions, run_probe
-from eval.results import Subject
-from eval.unfinished import Unfinished
+from eval.settings import Finetune, Linear
+from eval.splits import open_train_test
+from eval.subjects import Subject
 from simclr import augment
 from simclr.config import DEMO
 from simclr.model import SimCLR, init_weights
@@ -33,12 +34,13 @@ def knn(network: torch.nn.Module) -> float:
     return accuracy(ranking, truth)
 
 
+def subject_of(network: torch.nn.Module) -> Subject:
+    encoder = Encoder(network.eval(), PREPROCESS, "encoder")
+    return Subject(encoder, "demo", {}, None, {}, launch("fp32"))
+
+
 def linear(network: torch.nn.Module) -> float:
-    subject = Subject(Encoder(network.eval(), PREPROCESS, "encoder"), "demo", {}, None, {}, "cpu")
-    ranking, truth, _ = run_probe(
-        subject, replace(FEATURES, epochs=20), 1, Unfinished(None, "", "")
-    )
-    return accuracy(ranking, truth)
+    return eval.linear.judge(subject_of(network), Linear(protocol="features", epochs=20))["top1"]
 
 
 def test_same_images_for_the_same_seed():
@@ -67,14 +69,9 @@ def test_pixels_and_a_random_encoder_know_little():
 
 @pytest.mark.slow
 def test_labels_tell_nearly_all():
-    train, test = open_train_test("demo")
-    encoder = Encoder(build_seeded({"encoder": "demo"}, PREPROCESS), PREPROCESS, "random")
-    protocol = Protocol("x", rates=(0.2,), epochs=(20,), batch_size=256)
-    nothing = Unfinished(None, "", "")
-    model = fine_tune(encoder, train, protocol, Settings(), "cpu", nothing, {})
-    predicted = list(predictions(model, test, PREPROCESS, torch.arange(len(test)), "cpu"))
-    hits = sum(int((logits.argmax(1) == labels).sum()) for logits, labels in predicted)
-    assert hits / len(test) > 0.95
+    subject = subject_of(build_seeded({"encoder": "demo"}, PREPROCESS))
+    settings = Finetune(epochs=20, base_lr=0.2, batch_size=256)
+    assert eval.finetune.judge(subject, settings)["top1"] > 95
 
 
 def pretrained(shuffled: bool) -> torch.nn.Module:

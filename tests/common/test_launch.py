@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from common import launch
-from common.config import RunConfig
 from common.data import epoch_order
 from tests.helpers import ROOT, checkpoints, ended, forked, rows
 
@@ -29,7 +28,7 @@ def flags(out, *more):
 
 def test_single_precision_is_full_but_in_convolutions():
     torch.backends.cuda.matmul.allow_tf32 = True
-    assert launch.launch(RunConfig()).num_processes == 1
+    assert launch.launch("fp32").num_processes == 1
     assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest"
 
@@ -42,7 +41,7 @@ def test_a_small_network_computes_on_one_thread_unless_told_otherwise(monkeypatc
             monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
             if given:
                 monkeypatch.setenv("OMP_NUM_THREADS", "3")
-            launch.launch(RunConfig(), one_thread)
+            launch.launch("fp32", one_thread)
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

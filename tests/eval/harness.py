@@ -9,9 +9,10 @@ from torch import nn
 
 from common.data import ImageSplit
 from common.files import read_json
+from common.launch import launch
 from eval import unfinished
 from eval.encoder import Encoder, Preprocess, build_seeded, export_metadata
-from eval.results import Subject
+from eval.subjects import Subject
 
 
 class Network(nn.Module):
@@ -41,8 +42,9 @@ def subject_of(folder, network=None, method="simclr", counts=(120, 30), name="en
     config = {"data": "x", "batch_size": 8, "seed": 1}
     network = (network or Network()).eval()
     encoder = Encoder(network, Preprocess(12, crop=1.0), name, {"method": method, **metadata})
-    train, test = map(coloured, counts)
-    return Subject(encoder, "x", {}, folder, config, "cpu", (train, test))
+    opened = {"splits": tuple(map(coloured, counts)), "validation": None}
+    opened["labelled"] = opened["splits"]
+    return Subject(encoder, "x", {}, folder, config, launch("fp32"), opened=opened)
 
 
 def save_encoder(path, network, name="demo", preprocess=None, **changes):
@@ -124,5 +126,6 @@ def assert_same_records(one, other):
     for name in names:
         rows = [read_json(folder / name) for folder in (one, other)]
         for row in rows:
-            del row["seconds"], row["judged"]
+            for name in ("seconds", "judged", "speed"):
+                row.pop(name, None)
         assert rows[0] == rows[1]

@@ -1,5 +1,7 @@
 """Which labels are used, what is recorded, and an encoder that keeps its own weights."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -10,8 +12,9 @@ from common.errors import UserError
 from common.files import read_json
 from eval import finetune
 from eval.encoder import Encoder, Preprocess
-from eval.features import fingerprint
 from eval.finetune import Settings, choose
+from eval.identity import fingerprint
+from eval.training import Order, Speed
 from eval.unfinished import Unfinished
 from tests.eval.harness import Network, again, assert_same_records, coloured, subject_of
 
@@ -122,21 +125,36 @@ def test_the_batch_on_few_or_small_images(count, size, asked, batch):
 def test_a_sweep_chooses_on_held_out_images(tmp_path, monkeypatch):
     tried = []
 
-    def instead(encoder, images, protocol, settings, device, unfinished, progress):
+    def instead(subject, images, protocol, settings, unfinished, progress):
         tried.append((protocol.rates[0], protocol.epochs[0], len(images)))
         model = nn.Sequential(Network(), nn.Linear(3, 3))
         nn.init.zeros_(model[1].bias)
         right = protocol.rates == (0.05,) and protocol.epochs == (50,)
         with torch.no_grad():
             model[1].weight.copy_(torch.eye(3) if right else -torch.eye(3))
-        return model.eval()
+        return model.eval(), Speed(1.0, 0.0)
 
     monkeypatch.setattr(finetune, "fine_tune", instead)
     finetune.judge(subject_of(tmp_path, method="byol"), Settings())
     assert len(tried) == 10 and {images for *_, images in tried} == {108}
     row = read_json(tmp_path / "finetune-100-byol-encoder.json")
     assert row["top1"] == 100.0 and row["chosen_of"] == 10
-    assert row["probe_epochs"] == 50 and row["lr"] == pytest.approx(0.05 * 120 / 256, abs=1e-6)
+    assert row["probe_epochs"] == 50 and row["lr"] == pytest.approx(0.05 * 108 / 256, abs=1e-6)
+
+
+def test_few_labels_are_all_trained_on_where_others_can_choose(tmp_path, monkeypatch):
+    """BYOL's local validation is of other training images than the 1 % that are trained on."""
+    tuned = finetune.fine_tune
+    seen = []
+
+    def watched(subject, images, *rest):
+        seen.append(images)
+        return tuned(subject, images, *rest)
+
+    monkeypatch.setattr(finetune, "fine_tune", watched)
+    subject = subject_of(tmp_path, method="byol")
+    finetune.judge(subject, Settings(label_fraction=0.1, epochs=1))
+    assert len(seen) == 5 and {len(images) for images in seen} == {12}
 
 
 def test_large_batches_go_through_in_parts(tmp_path, monkeypatch):
@@ -148,12 +166,11 @@ def test_large_batches_go_through_in_parts(tmp_path, monkeypatch):
 
     found = []
     for part in (7, 100):
-        monkeypatch.setattr(finetune, "PART", part)
+        monkeypatch.setattr(finetune, "Order", partial(Order, part=part))
         protocol = finetune.Protocol("x", (0.5,), (2,), 40)
-        images = coloured(120)
-        encoder = Encoder(Plain().eval(), Preprocess(12), "encoder")
-        nothing = Unfinished(None, "", "")
-        tuned = finetune.fine_tune(encoder, images, protocol, Settings(), "cpu", nothing, {})
+        subject, nothing = subject_of(tmp_path, network=Plain()), Unfinished(None, "", "")
+        images = subject.splits()[0]
+        tuned, _ = finetune.fine_tune(subject, images, protocol, Settings(), nothing, {})
         found.append(tuned[1].weight.detach())
     assert torch.allclose(*found, rtol=0, atol=1e-6)
 
@@ -177,9 +194,7 @@ def test_frozen_layers_do_not_move_and_the_others_do(tmp_path, arch, count):
     settings = Settings(freeze=count, base_lr=5.0, epochs=1, batch_size=60)
     protocol = finetune.Protocol("x", (5.0,), (1,), 60)
     nothing = Unfinished(None, "", "")
-    tuned = finetune.fine_tune(
-        subject.encoder, coloured(120), protocol, settings, "cpu", nothing, {}
-    )
+    tuned, _ = finetune.fine_tune(subject, coloured(120), protocol, settings, nothing, {})
     for i, (before, after) in enumerate(
         zip(finetune.stages(network), finetune.stages(tuned[0]), strict=True)
     ):

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from common.files import read_json
+from common.launch import launch
 from eval.encoder import Encoder, Preprocess
 from eval.knn import OnlineKNN, Settings, accuracy, judge, nearest, predict, subsample, vote
-from eval.results import Subject, confidence
+from eval.results import confidence
+from eval.subjects import Subject
 from tests.eval.harness import Network, coloured
 from tests.helpers import golden
 
@@ -143,8 +145,9 @@ def test_only_images_that_are_judged_are_counted(tmp_path, left_out):
     for images in (train, test):
         images.encoded, images.store = ["nowhere.png", *images.encoded[1:]], None
     encoder = Encoder(Network().eval(), Preprocess(12), "encoder")
-    opened = (train, None if left_out else test)
-    subject = Subject(encoder, "x", {}, tmp_path, {"data": "x"}, "cpu", _opened=opened)
+    opened = {"labelled": (train, None if left_out else test)}
+    config, accelerator = {"data": "x"}, launch("fp32")
+    subject = Subject(encoder, "x", {}, tmp_path, config, accelerator, opened=opened)
     judge(subject, Settings(k=(5,)))
     row = read_json(tmp_path / "knn5-encoder.json")
     assert (row["train_images"], row["test_images"]) == (89, 89 if left_out else 29)

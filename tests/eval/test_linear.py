@@ -1,19 +1,25 @@
 """The linear classifier: its steps, its solution, its protocols, and an encoder left alone."""
 
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from common.augment import Batched
+from common.data import epoch_order
 from common.errors import UserError
 from common.files import read_json
-from eval import linear
+from common.launch import launch
+from eval import linear, training
 from eval.encoder import Preprocess
-from eval.features import fingerprint
+from eval.identity import fingerprint
 from eval.linear import BYOL, FEATURES, MOCO, PROTOCOLS, SIMCLR, SIMCLR_CIFAR, Probe, Settings
 from eval.results import confidence
+from eval.splits import to_choose_on
+from eval.training import Order
 from eval.unfinished import Unfinished
 from tests import helpers
 from tests.eval.harness import again, assert_same_records, coloured, subject_of
@@ -21,11 +27,8 @@ from tests.eval.harness import again, assert_same_records, coloured, subject_of
 PLAIN = replace(FEATURES, rates=(0.5,), batch_size=256, init_std=0.0)
 
 
-def double(probe):
-    probe.weight, probe.velocity = probe.weight.double(), probe.velocity.double()
-    scale = probe.protocol.batch_size / 256
-    probe.rates = torch.tensor(probe.protocol.rates, dtype=torch.float64).view(-1, 1, 1) * scale
-    return probe
+def probe_of(protocol, width=4, classes=3):
+    return Probe(width, classes, protocol).double()
 
 
 def problem(count=300, width=4, classes=3, noise=2.0, seed=0):
@@ -37,45 +40,51 @@ def problem(count=300, width=4, classes=3, noise=2.0, seed=0):
     return centres[labels] + noise, labels
 
 
-def train(probe, x, y, protocol, steps, seed=1):
-    def batches(first):
-        return ((x[i], y[i]) for i in linear.shuffled(torch.arange(len(x)), protocol, seed, first))
-
-    linear.train(probe, batches, steps, Unfinished(None, "", ""))
+def train(probe, x, y, protocol):
+    size = protocol.batch_size
+    order = Order(torch.arange(len(x)), size, protocol.epochs, 1, part=size)
+    accelerator = launch("fp32")
+    training.train(
+        probe,
+        linear.optimizer_of(probe, protocol),
+        partial(linear.in_memory, x, y, order, accelerator),
+        order,
+        lambda step: [rate * protocol.decay_at(step, order.steps) for rate in protocol.peaks()],
+        Unfinished(None, "", ""),
+        what="",
+        accelerator=accelerator,
+    )
 
 
 # ---- the classifier ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_a_step_is_torchs_sgd_for_each_rate(nesterov):
-    protocol = replace(PLAIN, rates=(0.5, 0.05), batch_size=512, nesterov=nesterov, init_std=0.01)
+def test_a_step_is_the_papers_sgd_for_each_rate(nesterov):
+    """In loops: the gradient of the mean cross entropy, momentum 0.9, no weight decay."""
+    protocol = replace(
+        PLAIN, rates=(0.5, 0.05), batch_size=50, epochs=1, nesterov=nesterov, init_std=0.01
+    )
     x, y = problem()
-    probe = double(Probe(4, 3, protocol))
-    assert probe.weight.shape == (2, 5, 3) and probe.rates.flatten().tolist() == [1.0, 0.1]
-    assert probe.weight[:, :-1].std() > 0 and not probe.weight[:, -1].any()
-    modules = []
-    for i in range(2):
-        module = nn.Linear(4, 3).double()
-        with torch.no_grad():
-            module.weight.copy_(probe.weight[i, :-1].T)
-            module.bias.copy_(probe.weight[i, -1])
-        modules.append(module)
-    optimizers = [
-        torch.optim.SGD(m.parameters(), lr=1.0, momentum=0.9, nesterov=nesterov) for m in modules
-    ]
+    probe = probe_of(protocol)
+    assert all(w[:-1].std() > 0 and not w[-1].any() for w in probe.weights)
+    weights = [w.detach().clone() for w in probe.weights]
+    velocity = [torch.zeros_like(w) for w in weights]
+    train(probe, x, y, protocol)
+    order = epoch_order(1, 0, 300)
     for step in range(6):
-        part, decay = slice(40 * step, 40 * step + 40), 1 - 0.1 * step
-        probe.step(x[part], y[part], decay)
-        for rate, module, optimizer in zip((1.0, 0.1), modules, optimizers, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * decay
-            optimizer.zero_grad()
-            F.cross_entropy(module(x[part]), y[part]).backward()
-            optimizer.step()
-    for i, module in enumerate(modules):
-        assert torch.allclose(probe.weight[i, :-1].T, module.weight, rtol=0, atol=1e-12)
-        assert torch.allclose(probe.weight[i, -1], module.bias, rtol=0, atol=1e-12)
-        assert torch.allclose(probe.logits(x)[i], module(x), rtol=0, atol=1e-12)
+        rows = order[50 * step : 50 * step + 50]
+        inputs = F.pad(x[rows], (0, 1), value=1.0)
+        decay = 0.5 * (1 + math.cos(math.pi * step / 6))
+        for weight, v, rate in zip(weights, velocity, (0.5, 0.05), strict=True):
+            error = (inputs @ weight).softmax(1) - F.one_hot(y[rows], 3)
+            gradient = inputs.T @ error / 50
+            v.mul_(0.9).add_(gradient)
+            weight -= rate * 50 / 256 * decay * (gradient + 0.9 * v if nesterov else v)
+    for found, weight in zip(probe.weights, weights, strict=True):
+        assert torch.allclose(found, weight, rtol=0, atol=1e-12)
+    logits = torch.stack([F.pad(x, (0, 1), value=1.0) @ weight for weight in weights], dim=1)
+    assert torch.allclose(probe(x), logits, rtol=0, atol=1e-12)
 
 
 def best_logits(x, y, classes):
@@ -100,34 +109,30 @@ def best_logits(x, y, classes):
 def test_training_finds_the_one_best_classifier():
     x, y = problem()
     protocol = replace(PLAIN, batch_size=300, epochs=3000, rates=(0.2,))
-    probe = double(Probe(4, 3, protocol))
-    train(probe, x, y, protocol, 3000)
-    found, expected = probe.logits(x)[0].softmax(1), best_logits(x, y, 3).softmax(1)
+    probe = probe_of(protocol)
+    train(probe, x, y, protocol)
+    found, expected = probe(x)[:, 0].softmax(1), best_logits(x, y, 3).softmax(1)
     assert (found - expected).abs().max() < 1e-6
 
 
 def test_separable_features_are_told_apart():
     x, y = problem(noise=0.02)
     protocol = replace(FEATURES, epochs=30, batch_size=64)
-    probe = double(Probe(4, 3, protocol))
-    train(probe, x, y, protocol, 300 // 64 * 30)
-    assert probe.logits(x).shape == (len(protocol.rates), 300, 3)
-    assert (probe.logits(x)[-1].argmax(1) == y).all()
+    probe = probe_of(protocol)
+    train(probe, x, y, protocol)
+    assert probe(x).shape == (300, len(protocol.rates), 3)
+    assert (probe(x)[:, -1].argmax(1) == y).all()
 
 
 def test_rates_trained_together_are_rates_trained_alone():
     x, y = problem()
     protocol = replace(BYOL, epochs=3, batch_size=50)
-    together = double(Probe(4, 3, protocol))
-    train(together, x, y, protocol, 18)
+    together = probe_of(protocol)
+    train(together, x, y, protocol)
     for i, rate in enumerate(protocol.rates):
-        alone = double(Probe(4, 3, replace(protocol, rates=(rate,))))
-        train(alone, x, y, protocol, 18)
-        assert torch.allclose(together.weight[i], alone.weight[0], rtol=0, atol=1e-12)
-    chosen = together.logits(x)[3]
-    together.select(3)
-    assert torch.allclose(together.logits(x)[0], chosen, rtol=0, atol=1e-12)
-    assert together.rates.item() == pytest.approx(protocol.rates[3] * 50 / 256)
+        alone = probe_of(replace(protocol, rates=(rate,)))
+        train(alone, x, y, replace(protocol, rates=(rate,)))
+        assert torch.allclose(together.weights[i], alone.weights[0], rtol=0, atol=1e-12)
 
 
 # ---- protocols -----------------------------------------------------------------------------------
@@ -147,30 +152,62 @@ def test_the_papers_protocols():
     assert [SIMCLR.decay_at(step, 8) for step in (0, 2, 4, 8)] == pytest.approx(
         [1, 0.5 + 0.5**1.5, 0.5, 0]
     )
-    assert Probe(2, 2, SIMCLR).rates.item() == pytest.approx(0.1 * 4096 / 256)
+    assert SIMCLR.peaks() == pytest.approx([0.1 * 4096 / 256])
+    assert replace(MOCO, batch_size=1024).peaks() == [30.0]  # main_lincls.py does not scale it
+    assert MOCO.partial and not SIMCLR.partial and not BYOL.partial
 
 
 def test_the_rate_is_chosen_on_images_that_are_not_trained_on():
-    training, held_out = linear.hold_out(205, BYOL, seed=1)
-    assert len(held_out) == 20
-    assert torch.equal(torch.cat([training, held_out]).sort().values, torch.arange(205))
-    used = torch.cat(list(linear.shuffled(training, replace(BYOL, batch_size=37, epochs=4), 1)))
-    assert not torch.isin(used, held_out).any()
-    training, held_out = linear.hold_out(2, BYOL, seed=1)
-    assert len(training) == len(held_out) == 1
+    images = coloured(205)
+    rest, choice, held_out = to_choose_on(images, None, seed=1)
+    assert len(held_out) == 20 and choice is images
+    assert torch.equal(torch.cat([rest, held_out]).sort().values, torch.arange(205))
+    rest, choice, held_out = to_choose_on(coloured(2), None, seed=1)
+    assert len(rest) == len(held_out) == 1
     with pytest.raises(UserError, match="one training image"):
-        linear.hold_out(1, BYOL, seed=1)
-    training, held_out = linear.hold_out(205, SIMCLR, seed=1)
-    assert len(training) == 205 and len(held_out) == 0  # one rate: nothing to choose
+        to_choose_on(coloured(1), None, seed=1)
+    own = coloured(30)
+    rest, choice, index = to_choose_on(images, own, seed=1)
+    assert len(rest) == 205 and choice is own and len(index) == 30
+    pool = torch.arange(100, 130)
+    _, _, held_out = to_choose_on(images, None, 1, pool)
+    assert len(held_out) == 20 and torch.isin(held_out, pool).all()
 
 
-def test_every_epoch_is_a_permutation_cut_at_the_last_whole_batch():
+def test_every_epoch_is_a_permutation():
     index = torch.arange(100, 131)
-    steps = list(linear.shuffled(index, replace(SIMCLR, batch_size=8, epochs=2), 1))
+    order = Order(index, batch_size=8, epochs=2, seed=1)
+    steps = [order.batch(step) for step in range(order.steps)]
     assert len(steps) == 6 and all(len(step) == 8 for step in steps)
     for epoch in (steps[:3], steps[3:]):
         seen = torch.cat(epoch)
         assert len(seen.unique()) == 24 and torch.isin(seen, index).all()
+    order = replace(order, partial=True)  # MoCo's: nothing is left out
+    steps = [order.batch(step) for step in range(order.steps)]
+    assert [len(step) for step in steps] == [8, 8, 8, 7] * 2
+    assert all(torch.equal(torch.cat(steps[i : i + 4]).sort().values, index) for i in (0, 4))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("partial", [False, True])
+def test_the_processes_share_every_part_of_every_batch(processes, partial):
+    order = Order(torch.arange(23), batch_size=7, epochs=2, seed=1, partial=partial, part=3)
+    for step in range(order.steps):
+        batch, rows = order.batch(step), []
+        for part in range(order.parts_per_step):
+            for rank in range(processes):
+                rows += range(len(batch))[order.share(step, part, rank, processes)]
+        assert rows == list(range(len(batch)))
+
+
+def test_views_stay_in_the_range_of_pixels():
+    """Bicubic resampling overshoots at edges; pretraining and judging clip, so this does too."""
+    edges = torch.zeros(1, 3, 9, 9, dtype=torch.uint8)
+    edges[..., ::2] = 255
+    augmentation = Batched(training.train_views(Preprocess(24)))
+    draws = torch.rand(64, augmentation.draws, dtype=torch.float64)
+    views = augmentation(edges.expand(64, -1, -1, -1), draws)
+    assert views.min() == 0 and views.max() == 1
 
 
 # ---- a whole judgement ---------------------------------------------------------------------------
@@ -185,7 +222,7 @@ def test_every_protocol_reaches_what_can_be_reached(tmp_path, protocol):
     row = read_json(tmp_path / f"linear-{protocol}-encoder.json")
     assert row["top1"] == 100.0 and row["protocol"] == f"linear-{protocol}"
     assert row["probe_epochs"] == 10 and row["probe_batch_size"] == 16
-    rates = [rate * 16 / 256 for rate in PROTOCOLS[protocol].rates]
+    rates = replace(PROTOCOLS[protocol], batch_size=16).peaks()
     assert min(abs(row["lr"] - rate) for rate in rates) < 1e-6
 
 
@@ -202,16 +239,15 @@ def test_a_few_images(tmp_path, protocol, count):
 def test_an_encoder_that_learns_under_the_classifier_is_caught(tmp_path, monkeypatch):
     """A backbone left unfrozen: an optimiser step on the encoder within the probe's training."""
     subject = subject_of(tmp_path)
-    probed = linear.run_probe
+    train = training.train
 
-    def unfrozen(subject, *rest):
-        network = subject.encoder.network
-        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
-        network(torch.rand(4, 3, 8, 8)).square().sum().backward()
+    def unfrozen(*args, frozen, **kwargs):
+        optimizer = torch.optim.SGD(frozen.parameters(), lr=1e-3)
+        frozen(torch.rand(4, 3, 8, 8)).square().sum().backward()
         optimizer.step()
-        return probed(subject, *rest)
+        return train(*args, frozen=frozen, **kwargs)
 
-    monkeypatch.setattr(linear, "run_probe", unfrozen)
+    monkeypatch.setattr(linear, "train", unfrozen)
     with pytest.raises(RuntimeError, match="not a linear evaluation"):
         linear.judge(subject, Settings(protocol="simclr", epochs=1, batch_size=16))
     assert not list(tmp_path.glob("linear*"))
@@ -248,31 +284,28 @@ def test_only_images_that_are_judged_are_counted(tmp_path, protocol):
     subject = subject_of(tmp_path)
     test = coloured(30)
     test.encoded, test.store = ["nowhere.png", *test.encoded[1:]], None
-    subject._splits = (subject.splits()[0], test)
+    subject.opened["splits"] = (subject.splits()[0], test)
     linear.judge(subject, Settings(protocol=protocol, epochs=1, batch_size=16))
     row = read_json(tmp_path / f"linear-{protocol}-encoder.json")
     assert (row["train_images"], row["test_images"]) == (120, 29)
     assert row["interval"] == pytest.approx(confidence(row["top1"], 29), abs=1e-3)
 
 
-def test_the_same_seed_gives_the_same_answer(tmp_path):
-    found = []
-    for seed in (1, 1, 2):
-        subject = subject_of(tmp_path)
-        protocol = replace(SIMCLR, epochs=1, batch_size=16)
-        torch.manual_seed(len(found))
-        probes = []
+def test_the_same_seed_gives_the_same_answer(tmp_path, monkeypatch):
+    probes = []
 
-        class Recorded(Probe):
-            def __init__(self, *args, probes=probes):
-                super().__init__(*args)
-                probes.append(self)
+    class Recorded(Probe):
+        def __init__(self, *args):
+            super().__init__(*args)
+            probes.append(self)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(linear, "Probe", Recorded)
-            linear.run_probe(subject, protocol, seed, Unfinished(None, "", ""))
-        found.append(probes[0].weight)
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    monkeypatch.setattr(linear, "Probe", Recorded)
+    for i, seed in enumerate((1, 1, 2)):
+        torch.manual_seed(i)
+        settings = Settings(protocol="simclr", epochs=1, batch_size=16, seed=seed)
+        linear.judge(subject_of(tmp_path / str(i)), settings)
+    weights = [probe.weights[0] for probe in probes]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_an_encoder_in_training_mode_is_caught(tmp_path):

@@ -9,13 +9,16 @@ from PIL import Image
 from torch import nn
 
 import eval.knn
-import eval.results
+import eval.subjects
 from common.data import ImageSplit
 from common.errors import UserError
 from common.files import read_json
 from eval.encoder import Preprocess
-from eval.features import digest_of, fingerprint
-from eval.results import confidence, measure_of, subjects, with_interval
+from eval.features import digest_of
+from eval.identity import fingerprint
+from eval.results import confidence, measure_of, with_interval
+from eval.settings import KNN
+from eval.subjects import subjects
 from tests.eval.harness import save_images, save_run
 from tests.helpers import evaluate
 
@@ -73,10 +76,10 @@ def test_other_data_is_said_in_the_name(run, command):
 
 
 def test_features_are_computed_once(run, command, monkeypatch, capsys):
-    calls, encode = [], eval.results.encode
+    calls, encode = [], eval.subjects.encode
     monkeypatch.setattr(
-        "eval.results.encode",
-        lambda *args: calls.append(args[1].name) or encode(*args),
+        "eval.subjects.encode",
+        lambda *args, **how: calls.append(args[1].name) or encode(*args, **how),
     )
     cache = run / "features"
     for path in cache.glob("*"):
@@ -125,12 +128,13 @@ def test_a_file_without_its_run_needs_data(run, command, tmp_path):
     shown = command(eval.knn, path, "--k", "3", "--data", run.parent / "source")
     assert "Top-1 100.0" in shown and list(tmp_path.iterdir()) == [path]
     with pytest.raises(UserError, match="--data SOURCE"):
-        next(subjects(str(path), "", (), ""))
+        next(subjects(KNN(run=str(path))))
 
 
 def test_subjects_share_their_images(run):
     first, second = (
-        (subject, subject.splits()) for subject in subjects(str(run), "", ("random",), "")
+        (subject, subject.splits())
+        for subject in subjects(KNN(run=str(run), baselines=("random",)))
     )
     assert first[1] is second[1]
     assert [subject.encoder.name for subject, _ in (first, second)] == ["encoder", "random"]
@@ -139,7 +143,7 @@ def test_subjects_share_their_images(run):
 def test_a_damaged_config_is_one_line(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"config": {}})[:-3])
     with pytest.raises(UserError, match=r"config\.json: cannot be read"):
-        next(subjects(str(tmp_path), "", (), ""))
+        next(subjects(KNN(run=str(tmp_path))))
 
 
 @pytest.mark.parametrize(("percent", "count"), [(0, 12), (50, 100), (91.3, 10_000), (100, 7)])

@@ -50,8 +50,7 @@ def test_each_class_counts_alike():
 
 
 @pytest.mark.parametrize(("counts", "several"), [((2, 1), 0), ((4, 3), 0), ((2, 1), 1)])
-def test_a_few_images(tmp_path, monkeypatch, counts, several):
-    monkeypatch.setattr(transfer, "open_validation", lambda source, classes: None)
+def test_a_few_images(tmp_path, counts, several):
     subject = subject_of(tmp_path, counts=counts)
     for images in subject.splits() if several else ():
         images.labels = torch.zeros(len(images), 3, dtype=torch.bool)
@@ -62,27 +61,26 @@ def test_a_few_images(tmp_path, monkeypatch, counts, several):
     assert 0 <= row["top1"] <= 100 and (row["train_images"], row["test_images"]) == counts
 
 
-def test_one_image_is_too_few(tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer, "open_validation", lambda source, classes: None)
+def test_one_image_is_too_few(tmp_path):
     subject = subject_of(tmp_path, counts=(1, 3))
-    with pytest.raises(UserError, match="coloured: one image; none is left"):
+    with pytest.raises(UserError, match="one training image: none is left"):
         transfer.judge(subject, Settings())
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_a_judgement(tmp_path, monkeypatch, own):
+def test_a_judgement(tmp_path, own):
     validation = coloured(24) if own else None
-    monkeypatch.setattr(transfer, "open_validation", lambda source, classes: validation)
-    transfer.judge(subject_of(tmp_path, counts=(60, 30)), Settings())
+    subject = subject_of(tmp_path, counts=(60, 30))
+    subject.opened["validation"] = validation
+    transfer.judge(subject, Settings())
     row = read_json(tmp_path / "transfer-linear-encoder.json")
     assert row["top1"] == row["mean_per_class"] == row["validation"] == 100.0
     assert row["train_images"] == (84 if own else 60) and row["test_images"] == 30
-    assert row["chosen_on"] == ("validation" if own else "a fifth of train")
+    assert row["chosen_on"] == ("validation" if own else "a tenth of train")
     assert row["regularisation"] in transfer.VALUES
 
 
 def test_stopped_and_started_again_it_ends_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer, "open_validation", lambda source, classes: None)
 
     def judge(folder):
         subject = subject_of(tmp_path / folder, counts=(60, 30))
@@ -147,8 +145,7 @@ def test_binary_classifiers_against_scikit_learn(value):
         ).abs().max() < 1e-2  # of up to 60, where they are separable
 
 
-def test_a_judgement_of_several_labels(tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer, "open_validation", lambda source, classes: None)
+def test_a_judgement_of_several_labels(tmp_path):
     subject = subject_of(tmp_path, counts=(60, 30))
     for images in subject.splits():
         labels = images.labels

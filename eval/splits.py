@@ -1,0 +1,158 @@
+"""Which images train, which choose settings, and which judge: one policy for every evaluation.
+
+    train         the source's training split
+    test          its test split; or validation, where test is missing or has no labels (ImageNet);
+                  or else every fifth training image (kNN: all of them, leave-one-out)
+    validation    its validation split, where that is not the test split already; or else a tenth of
+                  the training images, at most 10,009 (arXiv 2006.07733 App. C.1), drawn by `--seed`
+
+Validation images are needed only where a protocol has something to choose, and nothing else is
+chosen on. The classes are those of the training split.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.data import ImageSplit, NoSplit, among, generator, open_images, subset
+from common.errors import UserError
+
+MOST_HELD_OUT = 10_009
+
+
+def open_labelled(
+    source: str, *, multilabel: bool = False, **columns: Any
+) -> tuple[ImageSplit, ImageSplit | None]:
+    """The training split and the test split, labelled alike; None where there is no test split.
+
+    Args:
+        multilabel: whether an image may have several labels.
+
+    Raises:
+        UserError: no labels, or several of an image, fewer than two classes, or classes in test
+            that train lacks.
+    """
+    train = open_images(source, "train", **columns)
+    if train.labels is None:
+        raise UserError(
+            f"{source}: has no labels; an evaluation needs them (class folders do, or a column of "
+            "a table: --label-column NAME)"
+        )
+    if train.labels.ndim == 2 and not multilabel:
+        raise UserError(
+            f"{source}: its images have several labels, which eval.transfer alone judges; "
+            "for the others name a column of one label an image (--label-column NAME)"
+        )
+    present = present_in(train.labels)
+    if len(present) == 0:
+        raise UserError(f"{source}: no image has a label")
+    if len(present) < 2:
+        only = train.classes[present[0]]
+        raise UserError(f"{source}: one class only ({only}); nothing to tell apart")
+    test = None
+    for split in ("test", "validation"):
+        with contextlib.suppress(NoSplit):
+            test = open_images(source, split, classes=train.classes, **columns)
+            if test.labels is not None:
+                break
+    if test is None:
+        return train, None
+    if test.labels is None:
+        raise UserError(f"{source}: the test split has no labels")
+    check_classes(source, "test", test, train)
+    return train, test
+
+
+def open_train_test(source: str, **columns: Any) -> tuple[ImageSplit, ImageSplit]:
+    """The same; without a test split, a fifth of the training images is held out as one."""
+    train, test = open_labelled(source, **columns)
+    return hold_out_fifth(train) if test is None else (train, test)
+
+
+def open_validation(source: str, train: ImageSplit, **columns: Any) -> ImageSplit | None:
+    """The source's own labelled validation split; None where there is none, or it is the test's.
+
+    Raises:
+        UserError: it has classes that train lacks.
+    """
+    try:
+        test = open_images(source, "test", classes=train.classes, **columns)
+        validation = open_images(source, "validation", classes=train.classes, **columns)
+    except NoSplit:
+        return None
+    if test.labels is None or validation.labels is None:
+        return None
+    check_classes(source, "validation", validation, train)
+    return validation
+
+
+def hold_out(count: int, seed: int, pool: Tensor | None = None) -> Tensor:
+    """Indices, in order, of a tenth of `count` training images, drawn from those in `pool`.
+
+    Args:
+        pool: (P,) indices; default: all.
+
+    Raises:
+        UserError: there is one image, and none would be left to train on.
+    """
+    if count < 2:
+        raise UserError("one training image: none is left to choose settings on")
+    pool = torch.arange(count) if pool is None else pool
+    order = torch.randperm(len(pool), generator=generator(seed, "held out"))
+    size = max(1, min(count // 10, MOST_HELD_OUT))
+    return pool[order[:size]].sort().values
+
+
+def to_choose_on(
+    train: ImageSplit, own: ImageSplit | None, seed: int, pool: Tensor | None = None
+) -> tuple[Tensor, ImageSplit, Tensor]:
+    """(N,) images of `train` to train on; and images, with (M,) indices, to choose settings on.
+
+    Args:
+        own: the source's own validation split, if there is one.
+        pool: see `hold_out`.
+    """
+    if own is not None:
+        return torch.arange(len(train)), own, torch.arange(len(own))
+    held_out = hold_out(len(train), seed, pool)
+    return (~among(held_out, len(train))).nonzero()[:, 0], train, held_out
+
+
+def hold_out_fifth(train: ImageSplit) -> tuple[ImageSplit, ImageSplit]:
+    """Every fifth image of the classes one after the other, so of each class about a fifth.
+
+    No class is lost to training: the only image of one is kept. At least one image is held out.
+
+    Raises:
+        UserError: there is one image of each class.
+    """
+    assert train.labels is not None
+    order = torch.arange(len(train))
+    if train.labels.ndim == 1:  # of several labels there is no such order
+        order = train.labels.argsort(stable=True)
+        order = order[train.labels.bincount()[train.labels[order]] > 1]
+    if len(order) < 2:
+        raise UserError(f"{train.name}: one image of each class; none can be held out to test on")
+    held_out = among(order[4::5] if len(order) > 4 else order[-1:], len(train))
+    return subset(train, ~held_out, "4/5 of train"), subset(train, held_out, "1/5 of train")
+
+
+def check_classes(source: str, name: str, split: ImageSplit, train: ImageSplit) -> None:
+    """Refuse a split that has classes which the training images lack.
+
+    Raises:
+        UserError: the classes are named.
+    """
+    assert split.labels is not None and train.labels is not None
+    trained = {train.classes[i] for i in present_in(train.labels)}
+    unknown = {split.classes[i] for i in present_in(split.labels)} - trained
+    if unknown:
+        listed = ", ".join(sorted(unknown))
+        raise UserError(f"{source}: classes in {name} but not in train: {listed}")
+
+
+def present_in(labels: Tensor) -> list[int]:
+    """The classes that some image is of."""
+    return (labels.unique() if labels.ndim == 1 else labels.any(0).nonzero()[:, 0]).tolist()

@@ -1,0 +1,200 @@
+"""What a command is to judge: encoders, each with the images, the processes and the settings."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from common.data import ImageSplit
+from common.errors import UserError
+from common.files import read_json
+from common.launch import launch
+from eval.encoder import Encoder, Preprocess, load
+from eval.features import cached, digest_of, encode
+from eval.processes import place
+from eval.splits import hold_out_fifth, open_labelled, open_validation
+from eval.training import Crops, Order
+
+MEMORY_GB = 4.0  # decode once and keep the pixels if they need less than this
+COLUMNS = ("image_column", "label_column")
+
+
+@dataclass
+class Subject:
+    """An encoder with the images that it is judged on, and the folder for its results, if any.
+
+    Args:
+        columns: of the source; see `COLUMNS`.
+        config: the run's settings; empty without a run.
+        accelerator: the processes that share the work.
+        cache: the folder of cached features.
+        check_content: whether images are told apart by all of their bytes.
+        multilabel: whether an image may have several labels.
+    """
+
+    encoder: Encoder
+    source: str
+    columns: dict[str, str | None]
+    folder: Path | None
+    config: dict[str, Any]
+    accelerator: Accelerator
+    precision: str = "fp32"
+    workers: int = 2
+    cache: Path | None = None
+    check_content: bool = False
+    multilabel: bool = False
+    opened: dict[str, Any] = field(default_factory=dict, repr=False)  # splits, by name
+
+    def __post_init__(self) -> None:
+        self.network = self.encoder.network.to(self.device)
+        if self.precision == "fp64":
+            self.network.double()
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def labelled(self) -> tuple[ImageSplit, ImageSplit | None]:
+        """The labelled training split of the source and its test split, if it has one."""
+        if "labelled" not in self.opened:
+            self.opened["labelled"] = open_labelled(
+                self.source, multilabel=self.multilabel, **self.columns
+            )
+        return self.opened["labelled"]
+
+    def splits(self) -> tuple[ImageSplit, ImageSplit]:
+        """The same; without a test split, a fifth of the training images is held out as one."""
+        if "splits" not in self.opened:
+            train, test = self.labelled()
+            self.opened["splits"] = hold_out_fifth(train) if test is None else (train, test)
+        return self.opened["splits"]
+
+    def validation(self) -> ImageSplit | None:
+        """The source's own validation split; see eval/splits.py."""
+        if "validation" not in self.opened:
+            train = self.splits()[0]
+            self.opened["validation"] = open_validation(self.source, train, **self.columns)
+        return self.opened["validation"]
+
+    def digest(self, images: ImageSplit, preprocess: Preprocess | None = None) -> str:
+        """A key of the encoder and the images, wherever these are and whenever they were copied."""
+        preprocess = preprocess or self.encoder.input
+        return digest_of(self.network, preprocess, images, content=self.check_content)
+
+    def encode(
+        self,
+        network: nn.Module,
+        images: ImageSplit,
+        index: Tensor | None = None,
+        preprocess: Preprocess | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(N, F) outputs of a network and the (N,) indices of their images; see `encode`."""
+        return encode(
+            network,
+            images,
+            preprocess or self.encoder.input,
+            self.device,
+            index=index,
+            precision=self.precision,
+            workers=self.workers,
+            accelerator=self.accelerator,
+        )
+
+    def crops(self, images: ImageSplit, order: Order, name: str) -> Crops:
+        """Random crops of labelled images for this process; see `Crops`."""
+        images.into_memory(MEMORY_GB)
+        return Crops(
+            images,
+            order,
+            self.encoder.input,
+            name,
+            place(self.accelerator),
+            self.device,
+            torch.float64 if self.precision == "fp64" else torch.float32,
+            self.workers,
+        )
+
+    def features(
+        self, images: ImageSplit, preprocess: Preprocess | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(N, F) features and the (N,) indices of their images: those that can be decoded."""
+        how = {"times": True, "content": self.check_content}
+        given = preprocess or self.encoder.input
+        key = digest_of(self.network, given, images, **how) + f"-{self.precision}"
+        return cached(
+            self.cache,
+            key if self.cache else "",
+            lambda: self.encode(self.network, images, preprocess=preprocess),
+            self.accelerator,
+        )
+
+    def extract(
+        self, images: ImageSplit, preprocess: Preprocess | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(N, F) features and (N,) labels; `preprocess` replaces the encoder's own."""
+        assert images.labels is not None
+        features, index = self.features(images, preprocess)
+        return features, images.labels[index]
+
+
+def subjects(
+    settings: Any, *, source: str | None = None, layer: int | None = None, multilabel: bool = False
+) -> Iterator[Subject]:
+    """The run of an evaluation's settings (or `weights` instead of it), then the baselines.
+
+    Columns that the settings leave open are the run's if the source is the run's.
+
+    Args:
+        source, layer: in place of the settings' own.
+
+    Raises:
+        UserError: there is no run and no weights, or no data for weights without a run.
+    """
+    s, run = settings, settings.run
+    folder = Path(run) if run and Path(run).is_dir() else None
+    config = config_of(folder) if folder else {}
+    source = (s.data if source is None else source) or config.get("data", "")
+    layer = s.layer if layer is None else layer
+    encoders = [load(run, s.weights, layer)]
+    encoders += [load(run, name) for name in getattr(s, "baselines", ())]
+    if not source:
+        raise UserError("say on which images to judge: --data SOURCE")
+    of_run = source == config.get("data")
+    columns = {key: getattr(s, key) or (config.get(key) if of_run else None) for key in COLUMNS}
+    accelerator = launch("fp32")  # bfloat16 is asked for where a network is called
+    opened: dict[str, Any] = {}  # all share the decoded images
+    for encoder in encoders:
+        yield Subject(
+            encoder,
+            source,
+            columns,
+            folder / "results" if folder else None,
+            config,
+            accelerator,
+            precision=s.precision,
+            workers=s.workers,
+            cache=folder / "features" if folder else None,
+            check_content=s.check_content,
+            multilabel=multilabel,
+            opened=opened,
+        )
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    """The settings of a run.
+
+    Raises:
+        UserError: there is no such file, or it is not one that a run writes.
+    """
+    path = run / "config.json"
+    record = read_json(path)
+    config = record.get("config") if isinstance(record, dict) else None
+    if isinstance(config, dict):
+        texts = [config.get(key) for key in ("data", *COLUMNS)]
+        if all(isinstance(text, str | None) for text in texts):
+            return config
+    raise UserError(f"{path}: not of a run")

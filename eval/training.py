@@ -1,0 +1,241 @@
+"""Training with labels: the one loop of linear evaluation and of fine-tuning.
+
+A batch of b images goes through the network in parts of at most `PART` images, whose gradients add
+up to the batch's. Of each part of n images, process r of R has [r n // R, (r + 1) n // R), possibly
+none. Its loss is the sum over them divided by b, times R for DDP's mean. Order, crops and noise are
+functions of the step, so one process equals many, and a training that was stopped goes on exactly.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from common.augment import Batched
+from common.data import Batch, ImageSplit, epoch_order, generator
+from common.views import ahead
+from eval.encoder import Preprocess
+from eval.features import autocast
+from eval.processes import place, share
+from eval.unfinished import Unfinished
+
+PART = 256  # images that go through a network at once, over all processes; BatchNorm sees them
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which of the training images each step takes.
+
+    Args:
+        index: (N,) the training images of a split.
+        partial: an epoch's last batch may be smaller, instead of being left out.
+        part: see `PART`.
+    """
+
+    index: Tensor
+    batch_size: int
+    epochs: int
+    seed: int
+    partial: bool = False
+    part: int = PART
+
+    @property
+    def steps_per_epoch(self) -> int:
+        count = len(self.index)
+        return -(-count // self.batch_size) if self.partial else count // self.batch_size
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_epoch * self.epochs
+
+    @property
+    def parts_per_step(self) -> int:
+        return -(-self.batch_size // self.part)
+
+    def batch(self, step: int) -> Tensor:
+        """(B,) images of a step."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.seed, epoch, len(self.index))
+        return self.index[order[k * self.batch_size : (k + 1) * self.batch_size]]
+
+    def share(self, step: int, part: int, rank: int, processes: int) -> slice:
+        """The rows of a step's batch that are one process's share of one part of it."""
+        whole = range(len(self.batch(step)))[part * self.part : (part + 1) * self.part]
+        rows = share(len(whole), rank, processes)
+        return slice(whole.start + rows.start, whole.start + rows.stop)
+
+
+# ---- views ---------------------------------------------------------------------------------------
+
+
+def train_views(preprocess: Preprocess) -> v2.Transform:
+    """Crop and flip, as in pretraining but without colour operations (CODE data.py:164)."""
+    mode = v2.InterpolationMode(preprocess.interpolation)
+    steps = [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.RandomResizedCrop(
+            preprocess.size, scale=(0.08, 1.0), interpolation=mode, antialias=True
+        ),
+        v2.Lambda(partial(torch.clamp, min=0.0, max=1.0)),  # bicubic overshoots
+        v2.RandomHorizontalFlip(),
+    ]
+    if preprocess.mean and preprocess.std:
+        steps.append(v2.Normalize(preprocess.mean, preprocess.std))
+    return v2.Compose(steps)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Random crops of labelled images with their labels, the same for any number of processes.
+
+    Args:
+        name: of the random stream of the crops.
+        place: this process's rank, and the number of processes.
+        device, dtype: of the views.
+        workers: processes that decode images which are not in memory, and on a CPU crop them too.
+    """
+
+    images: ImageSplit
+    order: Order
+    preprocess: Preprocess
+    name: str
+    place: tuple[int, int] = (0, 1)
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    workers: int = 0
+
+    def __call__(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """((n, C, H, W) views, (n,) labels) of this share of every part from step `first` on."""
+        crops = self.crops(first)
+        return ahead(crops, torch.device(self.device)) if "cuda" in str(self.device) else crops
+
+    def crops(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = self.order.parts_per_step
+        numbers = range(first * parts, self.order.steps * parts)
+        orders = (
+            self.order.batch(s)[self.rows(s, p)] for s, p in (divmod(i, parts) for i in numbers)
+        )
+        make = partial(self.crop, first * parts)
+        if str(self.device) == "cpu":
+            yield from self.images.batches(orders, self.workers, make)
+        else:
+            for i, batch in enumerate(self.images.batches(orders, self.workers)):
+                yield make(i, batch)
+
+    def rows(self, step: int, part: int) -> slice:
+        return self.order.share(step, part, *self.place)
+
+    def crop(self, first: int, i: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The views and labels of part `first + i`, counted over all steps."""
+        assert self.images.labels is not None
+        labels = self.images.labels[batch.indices].to(self.device, non_blocking=True)
+        step, part = divmod(first + i, self.order.parts_per_step)
+        augmentation = Batched(train_views(self.preprocess), dtype=self.dtype)
+        if not len(labels):
+            channels, size = batch.images.shape[1], self.preprocess.size
+            return torch.empty(
+                0, channels, size, size, dtype=self.dtype, device=self.device
+            ), labels
+        stream = generator(self.order.seed, self.name, step)
+        shape = (len(self.order.batch(step)), augmentation.draws)
+        draws = torch.rand(shape, generator=stream, dtype=torch.float64)[self.rows(step, part)]
+        images = batch.images.to(self.device, non_blocking=True)
+        return augmentation(images, draws, batch.sizes), labels
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+def total_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """The sum of the cross entropies of (n, C) outputs, or of (n, R, C) of R classifiers."""
+    if outputs.ndim == 3:
+        labels = labels[:, None].expand(-1, outputs.shape[1])
+        outputs = outputs.transpose(1, 2)
+    return F.cross_entropy(outputs, labels, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a training went, since it was last resumed."""
+
+    images_per_second: float
+    data_wait: float  # share of the time that the loop waited for data
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Callable[[int], Iterator[tuple[Tensor, Tensor]]],
+    order: Order,
+    rates_at: Callable[[int], Sequence[float]],
+    unfinished: Unfinished,
+    *,
+    what: str,
+    accelerator: Accelerator,
+    precision: str = "fp32",
+    frozen: nn.Module | None = None,
+    progress: Mapping[str, Any] | None = None,
+) -> Speed:
+    """Train `model` for the steps of `order` that are still to do.
+
+    Args:
+        inputs: maps a first step to the (inputs, labels) of this process's share of every part from
+            there on.
+        rates_at: the learning rate of each of the optimizer's groups at a step.
+        what: a name for the progress bar.
+        precision: of the networks; "bf16" is by autocast.
+        frozen: maps the inputs to the model's own, without a gradient.
+        progress: saved beside the state of this training.
+    """
+    model.to(accelerator.device)
+    first = unfinished.state.get("step", 0)
+    if first:
+        model.load_state_dict(unfinished.state["model"])
+        optimizer.load_state_dict(unfinished.state["optimizer"])
+    wrapped = accelerator.prepare(model)
+    rank, processes = place(accelerator)
+
+    def state() -> dict[str, Any]:
+        learned = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        return {**(progress or {}), **learned}
+
+    began, waited, trained, stream = time.perf_counter(), 0.0, 0, inputs(first)
+    for step in unfinished.steps(order.steps, what, state, first):
+        size, parts = len(order.batch(step)), order.parts_per_step
+        torch.manual_seed(generator(order.seed, "network", step, rank).initial_seed())  # dropout
+        for group, rate in zip(optimizer.param_groups, rates_at(step), strict=True):
+            group["lr"] = rate
+        optimizer.zero_grad()
+        for part in range(parts):
+            asked = time.perf_counter()
+            views, labels = next(stream)
+            waited += time.perf_counter() - asked
+            if part * order.part >= size:  # of an epoch's last batch
+                continue
+            last = (part + 1) * order.part >= size
+            with nullcontext() if last else accelerator.no_sync(wrapped):
+                with autocast(precision, accelerator.device):
+                    if frozen is not None:
+                        with torch.no_grad():
+                            views = frozen(views)
+                    outputs = wrapped(views)
+                loss = total_loss(
+                    outputs.to(torch.promote_types(outputs.dtype, torch.float32)), labels
+                )
+                (loss * processes / size).backward()
+        optimizer.step()
+        trained += size
+        spent = time.perf_counter() - began
+        unfinished.show(images_per_second=trained / spent, data_wait=waited / spent)
+    accelerator.free_memory()
+    spent = time.perf_counter() - began
+    return Speed(trained / spent, waited / spent)
