@@ -139,8 +139,8 @@ def pad(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
     The colours of a pixel are neighbours in memory, as decoding leaves them.
     """
-    sizes = torch.tensor([image.shape[1:] for image in images])
-    shape = (len(images), *sizes.amax(0).tolist(), 3)
+    sizes = torch.tensor([image.shape[1:] for image in images], dtype=torch.long).view(-1, 2)
+    shape = (len(images), *(sizes.amax(0).tolist() if len(images) else (1, 1)), 3)
     canvas = torch.zeros(shape, dtype=torch.uint8) if get_worker_info() is None else shared(shape)
     canvas = canvas.permute(0, 3, 1, 2)
     for row, image in zip(canvas, images, strict=True):
@@ -245,31 +245,38 @@ class ImageSplit:
             self.store = [torch.empty(0) if image is None else image for image in decoded]
         return True
 
-    def batch(self, indices: Tensor) -> Batch:
-        """The images at `indices`, (B,), each bad one replaced by the next good one."""
+    def batch(self, indices: Tensor, cut: Callable[[list[Tensor]], list[Tensor]] = list) -> Batch:
+        """The images at `indices`, (B,), each bad one replaced by the next good one.
+
+        Args:
+            cut: what is made of the decoded images before they share a canvas.
+        """
         if isinstance(self.store, Tensor) and not self.bad:
             images = self.store[indices]
             return Batch(images, torch.tensor(images.shape[2:]).expand(len(images), 2), indices)
-        places, decoded = zip(*map(self.decode_near, indices.tolist()), strict=True)
-        return Batch(*pad(decoded), torch.tensor(places))
+        found = [self.decode_near(i) for i in indices.tolist()]
+        places = torch.tensor([place for place, _ in found], dtype=torch.long)
+        return Batch(*pad(cut([image for _, image in found])), places)
 
     def batches(
         self,
         orders: Iterable[Tensor],
         workers: int = 0,
         then: Callable[[int, Batch], Any] | None = None,
+        cut: Callable[[int, list[Tensor]], list[Tensor]] | None = None,
     ) -> Iterator[Any]:
         """A `Batch` for each (B,) index tensor: from memory, else from decoding workers.
 
         Args:
             then: what is made, by the workers, of the i-th batch and handed over in its place.
+            cut: what the workers make of the i-th batch's images before they share a canvas.
         """
         if self.store is not None:
             for i, batch in enumerate(map(self.batch, orders)):
                 yield then(i, batch) if then else batch
             return
         loader = DataLoader(
-            _Decoder(self, then),
+            _Decoder(self, then, cut),
             batch_size=None,
             sampler=enumerate(orders),  # each "sample" is a whole batch of indices
             num_workers=workers,
@@ -321,13 +328,18 @@ class _Decoder(Dataset):
     arrives as a page of traceback.
     """
 
-    def __init__(self, images: ImageSplit, then: Callable[[int, Batch], Any] | None) -> None:
-        self.images, self.then = images, then
+    def __init__(
+        self,
+        images: ImageSplit,
+        then: Callable[[int, Batch], Any] | None,
+        cut: Callable[[int, list[Tensor]], list[Tensor]] | None,
+    ) -> None:
+        self.images, self.then, self.cut = images, then, cut
 
     def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Any, dict[int, str]]:
         i, indices = item
         try:
-            batch = self.images.batch(indices)
+            batch = self.images.batch(indices, functools.partial(self.cut, i) if self.cut else list)
         except UserError as error:
             return error, {}
         made = self.then(i, batch) if self.then else (batch.images, batch.sizes, batch.indices)

@@ -6,6 +6,7 @@ none. Its loss is the sum over them divided by b, times R for DDP's mean. Order,
 functions of the step, so one process equals many, and a training that was stopped goes on exactly.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,8 +20,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from common.augment import Batched
-from common.data import Batch, ImageSplit, epoch_order, generator
+from common.augment import Batched, random_boxes, to_float
+from common.data import ImageSplit, epoch_order, generator
 from common.views import ahead
 from eval.encoder import Preprocess
 from eval.features import autocast
@@ -75,16 +76,16 @@ class Order:
 
 # ---- views ---------------------------------------------------------------------------------------
 
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # areas and aspect ratios of crops, in all papers
+
 
 def train_views(preprocess: Preprocess) -> v2.Transform:
     """Crop and flip, as in pretraining but without colour operations (CODE data.py:164)."""
-    mode = v2.InterpolationMode(preprocess.interpolation)
+    size, mode = preprocess.size, v2.InterpolationMode(preprocess.interpolation)
     steps = [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
-        v2.RandomResizedCrop(
-            preprocess.size, scale=(0.08, 1.0), interpolation=mode, antialias=True
-        ),
+        v2.RandomResizedCrop(size, SCALE, RATIO, interpolation=mode, antialias=True),
         v2.Lambda(partial(torch.clamp, min=0.0, max=1.0)),  # bicubic overshoots
         v2.RandomHorizontalFlip(),
     ]
@@ -93,15 +94,26 @@ def train_views(preprocess: Preprocess) -> v2.Transform:
     return v2.Compose(steps)
 
 
+@functools.lru_cache(maxsize=2)
+def uniforms(seed: int, name: str, step: int, count: int, draws: int) -> Tensor:
+    """(B, draws) uniforms behind the views of a step's whole batch."""
+    stream = generator(seed, name, step)
+    return torch.rand((count, draws), generator=stream, dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class Crops:
     """Random crops of labelled images with their labels, the same for any number of processes.
+
+    Images in memory are cropped together, on the device. Those that workers decode are cropped by
+    the workers, one by one and in 8 bits, as in most data loaders, so that far fewer bytes are
+    handed over. Boxes and flips are the same; resampling rounds and clips after each direction.
 
     Args:
         name: of the random stream of the crops.
         place: this process's rank, and the number of processes.
         device, dtype: of the views.
-        workers: processes that decode images which are not in memory, and on a CPU crop them too.
+        workers: processes that decode images which are not in memory.
     """
 
     images: ImageSplit
@@ -115,41 +127,62 @@ class Crops:
 
     def __call__(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """((n, C, H, W) views, (n,) labels) of this share of every part from step `first` on."""
-        crops = self.crops(first)
-        return ahead(crops, torch.device(self.device)) if "cuda" in str(self.device) else crops
+        device = torch.device(self.device)
+        return ahead(self.crops(first), device) if device.type == "cuda" else self.crops(first)
 
     def crops(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = self.order.parts_per_step
-        numbers = range(first * parts, self.order.steps * parts)
-        orders = (
-            self.order.batch(s)[self.rows(s, p)] for s, p in (divmod(i, parts) for i in numbers)
-        )
-        make = partial(self.crop, first * parts)
-        if str(self.device) == "cpu":
-            yield from self.images.batches(orders, self.workers, make)
-        else:
-            for i, batch in enumerate(self.images.batches(orders, self.workers)):
-                yield make(i, batch)
-
-    def rows(self, step: int, part: int) -> slice:
-        return self.order.share(step, part, *self.place)
-
-    def crop(self, first: int, i: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The views and labels of part `first + i`, counted over all steps."""
         assert self.images.labels is not None
-        labels = self.images.labels[batch.indices].to(self.device, non_blocking=True)
-        step, part = divmod(first + i, self.order.parts_per_step)
-        augmentation = Batched(train_views(self.preprocess), dtype=self.dtype)
-        if not len(labels):
-            channels, size = batch.images.shape[1], self.preprocess.size
-            return torch.empty(
-                0, channels, size, size, dtype=self.dtype, device=self.device
-            ), labels
-        stream = generator(self.order.seed, self.name, step)
-        shape = (len(self.order.batch(step)), augmentation.draws)
-        draws = torch.rand(shape, generator=stream, dtype=torch.float64)[self.rows(step, part)]
-        images = batch.images.to(self.device, non_blocking=True)
-        return augmentation(images, draws, batch.sizes), labels
+        parts, augmentation = (
+            self.order.parts_per_step,
+            Batched(train_views(self.preprocess), self.dtype),
+        )
+        begin, end, size = first * parts, self.order.steps * parts, self.preprocess.size
+        orders = (self.order.batch(i // parts)[self.rows(i)] for i in range(begin, end))
+        in_memory = self.images.store is not None
+        cut = partial(self.cut, begin)
+        for i, batch in enumerate(self.images.batches(orders, self.workers, cut=cut), begin):
+            labels = self.images.labels[batch.indices].to(self.device, non_blocking=True)
+            images = batch.images.to(self.device, non_blocking=True)
+            if not len(labels):
+                views = torch.empty(
+                    0, images.shape[1], size, size, dtype=self.dtype, device=self.device
+                )
+            elif in_memory:
+                views = augmentation(images, self.uniforms(i, augmentation.draws), batch.sizes)
+            else:
+                views = to_float(images, self.dtype)
+                mean, std = self.preprocess.mean, self.preprocess.std
+                if mean and std:  # in place: on a CPU memory is what takes the time
+                    shift, scale = (views.new_tensor(m).view(-1, 1, 1) for m in (mean, std))
+                    views.sub_(shift).div_(scale)
+            yield views, labels
+
+    def rows(self, i: int) -> slice:
+        """This process's rows, in its step's batch, of part `i`, counted over all steps."""
+        return self.order.share(*divmod(i, self.order.parts_per_step), *self.place)
+
+    def uniforms(self, i: int, draws: int) -> Tensor:
+        step = i // self.order.parts_per_step
+        count = len(self.order.batch(step))
+        return uniforms(self.order.seed, self.name, step, count, draws)[self.rows(i)]
+
+    def cut(self, begin: int, i: int, images: list[Tensor]) -> list[Tensor]:
+        """What `train_views` makes of the decoded images of part `begin + i`, in 8 bits."""
+        if not images:
+            return images
+        mode = v2.InterpolationMode(self.preprocess.interpolation)
+        drawn = self.uniforms(begin + i, 23)  # 22 for a box and one for the flip
+        sizes = torch.tensor([image.shape[1:] for image in images])
+        boxes = random_boxes(drawn[:, :22], sizes, SCALE, RATIO).tolist()
+        views = []
+        for image, (top, left, height, width), u in zip(
+            images, boxes, drawn[:, 22].tolist(), strict=True
+        ):
+            side = [self.preprocess.size] * 2
+            box = image[:, top : top + height, left : left + width]
+            view = v2.functional.resize(box, side, mode, antialias=True)
+            views.append(view.flip(-1) if u < 0.5 else view)
+        return views
 
 
 # ---- the loop ------------------------------------------------------------------------------------

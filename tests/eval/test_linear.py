@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from common.augment import Batched
-from common.data import epoch_order
+from common.data import ImageSplit, epoch_order
 from common.errors import UserError
 from common.files import read_json
 from common.launch import launch
@@ -19,7 +19,7 @@ from eval.identity import fingerprint
 from eval.linear import BYOL, FEATURES, MOCO, PROTOCOLS, SIMCLR, SIMCLR_CIFAR, Probe, Settings
 from eval.results import confidence
 from eval.splits import to_choose_on
-from eval.training import Order
+from eval.training import Crops, Order
 from eval.unfinished import Unfinished
 from tests import helpers
 from tests.eval.harness import again, assert_same_records, coloured, subject_of
@@ -208,6 +208,28 @@ def test_views_stay_in_the_range_of_pixels():
     draws = torch.rand(64, augmentation.draws, dtype=torch.float64)
     views = augmentation(edges.expand(64, -1, -1, -1), draws)
     assert views.min() == 0 and views.max() == 1
+
+
+@pytest.mark.parametrize("interpolation, levels", [("bicubic", 32), ("bilinear", 1.6)])  # on noise
+def test_views_of_workers_are_those_of_memory_but_for_rounding(interpolation, levels):
+    draw = torch.Generator().manual_seed(5)
+    sizes = [(40, 30), (33, 60), (24, 24), (50, 90)] * 3
+    pixels = [torch.randint(256, (3, *size), generator=draw).byte() for size in sizes]
+    labels = torch.arange(12)
+    order = Order(torch.arange(12), batch_size=5, epochs=2, seed=1, partial=True, part=4)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    given = Preprocess(16, interpolation=interpolation, mean=mean, std=std)
+    decoded = ImageSplit("x", pixels, labels, store=pixels)
+    one, other = (
+        Crops(images, order, given, "x") for images in (decoded, ImageSplit("x", pixels, labels))
+    )
+    found = list(zip(one(1), other(1), strict=True))
+    assert len(found) == (order.steps - 1) * order.parts_per_step
+    for (views, labels), (theirs, same) in found:
+        assert torch.equal(labels, same) and views.shape == theirs.shape
+        if len(labels):
+            assert (views - theirs).abs().max() < levels / 255 / 0.2
+            assert (views - theirs).abs().mean() < 0.5 / 255 / 0.2
 
 
 # ---- a whole judgement ---------------------------------------------------------------------------
