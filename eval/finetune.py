@@ -5,14 +5,17 @@
     python -m eval.finetune RUN --subset 1percent.txt            # the same, on listed images
     python -m eval.finetune RUN --weights random --epochs 20     # the supervised baseline
     python -m eval.finetune RUN --freeze 5                       # the classifier and the head alone
+    accelerate launch --num_processes 8 -m eval.finetune RUN --precision bf16      # on eight GPUs
 
 `simclr`, `simclr-v2` and `byol` are the papers' protocols; MoCo's papers have none, so SimCLR's is
 used. All have crop and flip, no weight decay, no warm-up, and a cosine to 0 per step. Where a
-protocol has several rates and lengths, all are run, and one is chosen on held-out training images.
+protocol has several rates and lengths, all are run, and one is chosen on other labelled images: the
+source's validation split, or else training images outside the fraction or the list, or, with all
+labels, a tenth that is held out.
 
 BatchNorm is in training mode, except in frozen layers. A batch of more than 256 images is processed
 in parts, whose gradients add up to the batch's; BatchNorm sees the parts (PAPER/CODE: SimCLR v2's
-is over the whole batch). The supervised baseline is what the same network, input and views reach
+is over the whole batch), over all processes. The supervised baseline is what the same network, input and views reach
 when every label is known: the ceiling for a method on that data. Top-1 is that of the last epoch.
 A command that was stopped resumes when it is given again.
 """
@@ -70,14 +73,19 @@ class Protocol:
         return rate * (math.sqrt(size) if self.square_root else size / 256)
 
 
-# arXiv 2002.05709 App. B.5; 30 epochs above 1 % of the labels (likewise; of all labels: ours)
+# arXiv 2002.05709 App. B.5; 30 epochs above 1 % of the labels (likewise; of all labels: ours). The
+# paper resizes an image to 256 x 256 and cuts out 224 x 224; here 7/8 of the shorter side is cut
+# out and resized, as in the official code's `center_crop`.
 SIMCLR = Protocol("simclr", rates=(0.05,), epochs=(60, 30), batch_size=4096)
-# google-research/simclr README, "Semi-supervised learning and fine-tuning"
+# google-research/simclr README, "Semi-supervised learning and fine-tuning". CODE: the layer of the
+# head that is kept is frozen in TF1 and trained in TF2; here it is trained.
 SIMCLR_V2 = Protocol(
     "simclr-v2", (0.005,), epochs=(60, 30), batch_size=1024,
     square_root=True, lars=True, zero_init=True,
 )  # fmt: skip
-# arXiv 2006.07733 App. C.1, which does not say whether the rates follow the batch; CODE's do
+# arXiv 2006.07733 App. C.1, which does not say whether the rates follow the batch; CODE's do. Rate
+# and length are chosen on other training images than those that are trained on, as there, and what
+# was chosen is not trained again.
 BYOL = Protocol("byol", (0.01, 0.02, 0.05, 0.1, 0.005), epochs=(30, 50), batch_size=1024)
 PROTOCOLS = {"simclr": SIMCLR, "simclr-v2": SIMCLR_V2, "byol": BYOL, "moco": SIMCLR}
 

@@ -2,6 +2,7 @@
 
     python -m eval.linear RUN                        # the protocol of the run's method
     python -m eval.linear RUN --protocol features    # one pass over the images, then seconds
+    accelerate launch --num_processes 8 -m eval.linear RUN --precision bf16    # on eight GPUs
 
 `simclr`, `moco` and `byol` are the papers' protocols: in every epoch the images go through the
 network with crop and flip. `features` is ours: features are computed once, without augmentation; it
@@ -9,7 +10,8 @@ is quick, and is never compared with a paper's figure. Where a protocol sweeps l
 are trained at once and one is chosen on held-out training images.
 
 Top-1 is that of the last epoch. The encoder is in evaluation mode, and checked to be unchanged.
-A command that was stopped resumes when it is given again.
+A command that was stopped resumes when it is given again. The figures do not depend on the number
+of processes.
 """
 
 import math
@@ -68,11 +70,15 @@ class Protocol:
         return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+# In all protocols the last epoch is reported, and an epoch ends at its last whole batch, where
+# SimCLR's and BYOL's code lets a batch span two epochs.
+
 # arXiv 2002.05709 App. B.6. PAPER/CODE: no weight decay in the paper, 1e-6 in the README's command.
 SIMCLR = Protocol("simclr", rates=(0.1,), batch_size=4096, epochs=90)
 # google-research/simclr README, "Linear evaluation" on CIFAR-10
 SIMCLR_CIFAR = replace(SIMCLR, batch_size=512, epochs=100)
-# arXiv 1911.05722 Sec. 4.1; facebookresearch/moco main_lincls.py: tenfold down at epochs 60 and 80
+# arXiv 1911.05722 Sec. 4.1; facebookresearch/moco main_lincls.py: tenfold down at epochs 60 and 80,
+# the rate is absolute, the last batch is smaller. CODE: it also keeps the best epoch on validation.
 MOCO = Protocol(
     "moco",
     rates=(30.0,),
@@ -85,8 +91,9 @@ MOCO = Protocol(
     init_std=0.01,
 )
 # arXiv 2006.07733 App. C.1. PAPER/CODE: five rates in the paper, 0.2 alone in the code; batch 1024
-# in the paper, 4096 as the code's default. It starts from Haiku's initial weights, here from a
-# normal(0.01): the problem is convex, so the solution does not depend on them.
+# in the paper, 4096 as the code's default; 10,009 random images to choose on in the paper, the
+# first 10,000 in the code. It starts from Haiku's initial weights, here from a normal(0.01): the
+# problem is convex, so the solution does not depend on them.
 RATES = (0.4, 0.3, 0.2, 0.1, 0.05)
 BYOL = Protocol("byol", rates=RATES, batch_size=1024, epochs=80, init_std=0.01)
 # Ours, on standardised features

@@ -13,6 +13,9 @@ evaluation mode. A command that was stopped resumes when it is given again.
 Where images have several labels (VOC 2007: a column of lists), each class has a binary classifier,
 and the measure is the mean over classes of the 11-point average precision.
 
+PAPER: BYOL holds out a tenth of Food-101, CIFAR-10, CIFAR-100 and Birdsnap, and a fifth of SUN397,
+Cars, Pets and Caltech-101; here it is a tenth. SimCLR cuts out the centre, BYOL does not say so.
+
 PAPER: neither paper says what the values multiply; here the objective is the summed cross entropy
 plus value / 2 times the squared weights, without biases (scikit-learn's with C = 1 / value).
 """
