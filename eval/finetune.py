@@ -14,10 +14,10 @@ source's validation split, or else training images outside the fraction or the l
 labels, a tenth that is held out.
 
 BatchNorm is in training mode, except in frozen layers. A batch of more than 256 images is processed
-in parts, whose gradients add up to the batch's; BatchNorm sees the parts (PAPER/CODE: SimCLR v2's
-is over the whole batch), over all processes. The supervised baseline is what the same network, input and views reach
-when every label is known: the ceiling for a method on that data. Top-1 is that of the last epoch.
-A command that was stopped resumes when it is given again.
+in parts, whose gradients add up to the batch's; BatchNorm sees a part over all processes
+(PAPER/CODE: SimCLR v2's sees the whole batch). The supervised baseline is what the same network,
+input and views reach when every label is known: the ceiling for a method on that data. Top-1 is
+that of the last epoch. A command that was stopped resumes when it is given again.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """How near the input of linear evaluation comes to decoding alone, and what ImageNet would take.
 
-    python tests/benchmarks/judging.py --data path/to/photographs [--record results/judging-cpu.json]
+    python tests/benchmarks/judging.py --data path/to/photographs
 
 The real loop of `eval.linear` runs on crops of 224 pixels with a network that costs nothing (the
 mean colour of a view), beside workers that decode the same images and throw them away. Both have as
