@@ -47,7 +47,8 @@ from eval.encoder import Cut, Encoder, load
 from eval.features import digest_of
 from eval.knn import accuracy
 from eval.linear import MEMORY_GB, predictions, train_views
-from eval.results import Subject, changed, confidence, name_of_record, record, subjects
+from eval.results.record import changed, confidence, record, record_name, settings_of
+from eval.subjects import Subject, subjects
 from eval.unfinished import Unfinished
 
 PART = 256  # images that go through the network at once
@@ -379,17 +380,17 @@ def judge(subject: Subject, settings: Settings) -> None:
     train = train if all_labels else subset(train, selected, f"{percent:g} % of the labels")
     size = batch_of(protocol, settings, len(train), subject.encoder.input.size)
     protocol = replace(protocol, batch_size=size)
-    default_layer = layer_of(subject.encoder, replace(settings, layer=None))
-    name = f"finetune-{percent:g}-{protocol.name}"  # percent of the labels
-    name += "" if subject.encoder.layer == default_layer else subject.encoder.suffix
-    name += f"-freeze{settings.freeze}" if settings.freeze else ""
+    drawn = None if all_labels else hashlib.sha256(selected.numpy().tobytes()).hexdigest()
+    given = settings_of(settings, label_percent=percent, labels=drawn, batch_size=size)
+    changes = changed(settings, "epochs", "base_lr", "batch_size", "weight_decay", "freeze")
+    name = record_name(subject, "finetune", protocol.name, given, changes)
     train.into_memory(MEMORY_GB)
     test.into_memory(MEMORY_GB)
     if protocol.lars and settings.weight_decay:
         raise UserError("--weight-decay: not with LARS, whose protocol has none")
     preprocess = subject.encoder.input
     key = f"{digest_of(subject.encoder.network, preprocess, train)} {protocol} {settings}"
-    unfinished = Unfinished(subject.folder, name_of_record(subject, name), key)
+    unfinished = Unfinished(subject.folder, name, key)
     model, chosen = best_of(subject, train, protocol, settings, unfinished)
     testing = predictions(model, test, preprocess, torch.arange(len(test)), subject.device)
     rankings, truths = zip(*((x.argsort(1, descending=True), y) for x, y in testing), strict=True)
@@ -397,21 +398,16 @@ def judge(subject: Subject, settings: Settings) -> None:
     top1 = accuracy(ranking, truth)
     record(
         subject,
-        name,
-        top1=top1,
-        top5=accuracy(ranking, truth, 5) if classes > 5 else None,
+        task="finetune",
+        protocol=protocol.name,
+        metrics={"top1": top1, "top5": accuracy(ranking, truth, 5) if classes > 5 else None},
         counts=(len(train), len(truth)),
         interval=confidence(top1, len(truth)),
-        labels=None if all_labels else hashlib.sha256(selected.numpy().tobytes()).hexdigest(),
-        subset=settings.subset or None,
-        layer=subject.encoder.layer or None,
-        lr=round(chosen.peak(chosen.rates[0], chosen.batch_size), 6),
-        chosen_of=len(protocol.rates) * len(protocol.epochs),
-        probe_epochs=chosen.epochs[0],
-        probe_batch_size=chosen.batch_size,
-        probe_weight_decay=settings.weight_decay or None,
-        probe_seed=settings.seed,
-        changed=changed(settings, "epochs", "base_lr", "batch_size", "weight_decay"),
+        settings=given
+        | {"lr": round(chosen.peak(chosen.rates[0], size), 6), "epochs": chosen.epochs[0]}
+        | {"chosen_of": len(protocol.rates) * len(protocol.epochs)},
+        changed=changes,
+        deviations=[f"BatchNorm over parts of {PART}"] if size > PART else [],
         seconds=unfinished.seconds(),
     )
     unfinished.remove()

@@ -36,7 +36,8 @@ from common.errors import UserError
 from eval.encoder import Preprocess
 from eval.features import digest_of, fingerprint, prepare
 from eval.knn import accuracy
-from eval.results import Subject, changed, confidence, name_of_record, record, subjects
+from eval.results.record import changed, confidence, record, record_name, settings_of
+from eval.subjects import Subject, subjects
 from eval.unfinished import Unfinished
 
 MEMORY_GB = 4.0  # decode once and keep the pixels if they need less than this
@@ -306,26 +307,26 @@ def judge(subject: Subject, settings: Settings) -> None:
     training, _ = hold_out(len(subject.splits()[0]), protocol, settings.seed)
     protocol = replace(protocol, batch_size=min(protocol.batch_size, len(training)))  # rates follow
     before = fingerprint(network)
-    name = f"linear-{protocol.name}{subject.encoder.suffix}"
+    given = settings_of(settings, epochs=protocol.epochs, batch_size=protocol.batch_size)
+    changes = changed(settings, "epochs", "batch_size")
+    name = record_name(subject, "linear", protocol.name, given, changes)
     digest = digest_of(network, subject.encoder.input, subject.splits()[0])
     key = f"{digest} {protocol} {settings.seed}"
-    unfinished = Unfinished(subject.folder, name_of_record(subject, name), key)
+    unfinished = Unfinished(subject.folder, name, key)
     ranking, truth, rate = run_probe(subject, protocol, settings.seed, unfinished)
     if fingerprint(network) != before:
         raise RuntimeError("the encoder changed under the classifier: not a linear evaluation")
     top1 = accuracy(ranking, truth)
+    top5 = accuracy(ranking, truth, 5) if ranking.shape[1] > 5 else None
     record(
         subject,
-        name,
-        top1=top1,
-        top5=accuracy(ranking, truth, 5) if ranking.shape[1] > 5 else None,
+        task="linear",
+        protocol=protocol.name,
+        metrics={"top1": top1, "top5": top5},
         counts=(len(subject.splits()[0]), len(truth)),  # tested: without undecodable images
         interval=confidence(top1, len(truth)),
-        lr=round(rate, 6),
-        probe_epochs=protocol.epochs,
-        probe_batch_size=protocol.batch_size,
-        probe_seed=settings.seed,
-        changed=changed(settings, "epochs", "batch_size"),
+        settings=given | {"lr": round(rate, 6), "chosen_of": len(protocol.rates)},
+        changed=changes,
         seconds=unfinished.seconds(),
     )
     unfinished.remove()

@@ -14,7 +14,7 @@ from eval.features import extract
 from eval.finetune import Protocol, Settings, fine_tune
 from eval.knn import accuracy, predict
 from eval.linear import FEATURES, predictions, run_probe
-from eval.results import Subject
+from eval.subjects import Subject
 from eval.unfinished import Unfinished
 from simclr import augment
 from simclr.config import DEMO
