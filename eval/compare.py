@@ -68,8 +68,8 @@ def main(settings: Settings) -> None:
         of_data = named([result for result in results if result.data == data])
         lines, note = one_baseline(of_data)
         beside, remarks = beside_published(lines)
-        tables = [overview(lines), beside][: 1 + (len(beside) > 1)]
-        remarks = [*[note][: bool(note)], *remarks, *unmatched(lines)]
+        tables = [table for table in (overview(lines), beside) if len(table) > 1]
+        remarks = [line for line in (note, *remarks, *unmatched(lines)) if line]
         heading = data_title(data)
         print(f"\nOn {heading}, {lines[0].result.test_images:,} test images:\n")
         print("\n\n".join(map(as_text, tables)), end="\n\n" if remarks else "\n")
@@ -79,7 +79,7 @@ def main(settings: Settings) -> None:
         draw(lines, picture)
         remarks = [f"{line[0].upper()}{line[1:]}." for line in remarks]
         texts += [f"## {heading}\n", *map(as_markdown, tables)]
-        texts += [f"- {page.wrapped(line)}" for line in remarks] + [""] * bool(remarks)
+        texts += [*map(page.listed, remarks), ""]
         groups.append((heading, tables, remarks, picture.read_bytes()))
     atomic_write_bytes(out / "compare.md", "\n".join(texts).encode())
     print(f"\nwritten: {out / 'compare.md'}, {out / 'compare.png'}", file=sys.stderr)

@@ -19,6 +19,7 @@ from eval.results.record import (
     FREE,
     METHODS,
     NOT_CLIPPED,
+    PROTOCOLS,
     Result,
     changed_words,
     measured,
@@ -163,7 +164,7 @@ def one_baseline(lines: Sequence[Line]) -> tuple[list[Line], str]:
 
 def data_title(source: str) -> str:
     """A source without the folders that contain it: `../data/cifar10-jpeg` is cifar10-jpeg."""
-    on_the_hub = source.count("/") == 1 and source[0] not in "./~"
+    on_the_hub = source.count("/") == 1 and not source.startswith((".", "/", "~"))
     return source if on_the_hub else Path(source).name
 
 
@@ -260,7 +261,8 @@ def unmatched(lines: Sequence[Line]) -> list[str]:
     for key in dict.fromkeys(result.published or "" for result in trained):
         row, of_recipe = PUBLISHED.get(key), [r for r in trained if r.published == key]
         if row and not any(comparable(result, row) for result in of_recipe):
-            what = ", ".join([row.protocol, *(words(*each) for each in row.settings.items())])
+            protocol = PROTOCOLS.get(row.protocol, row.protocol)
+            what = ", ".join([protocol, *(words(*each) for each in row.settings.items())])
             remarks.append(
                 f"not compared with {row.method}'s {row.value:.1f} ({row.source}): that is "
                 f"{row.task} ({what}) on {row.data}, which was not measured here"
@@ -381,12 +383,13 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     for column in columns(lines):
         bars = [(name, cells[name, column]) for name in names if (name, column) in cells]
         rows += [(column, []), *bars]
-    size = 6.5 + 0.07 * max(map(len, names)), 1.2 + 0.27 * len(rows)
+    labels = [cut(name, 60) if seeds else "" for name, seeds in rows]
+    size = 6.5 + 0.07 * max(map(len, labels)), 1.2 + 0.27 * len(rows)
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     for i, (name, seeds) in enumerate(rows):
         if not seeds:
-            axis.text(0, i + 0.15, f" {name}", va="center", size=9, weight="bold")
+            axis.text(1, i + 0.15, cut(name, 75), va="center", size=9, weight="bold")
             continue
         values = [result.value for result in seeds]
         value, spread = mean(values), stdev(values) if seeds[1:] else seeds[0].interval
@@ -398,9 +401,13 @@ def draw(lines: Sequence[Line], path: Path) -> None:
             end, label = max(end, published), f"{label} (published {published:.1f})"
         axis.text(end + 1.5, i, label, va="center", size=8, bbox=box)
     axis.set(xlim=(0, 118), xticks=range(0, 101, 20), ylim=(len(rows) - 0.4, -0.6))
-    axis.set_yticks(range(len(rows)), [name if seeds else "" for name, seeds in rows], size=8)
+    axis.set_yticks(range(len(rows)), labels, size=8)
     axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel(f"{unit(lines)} on {data_title(lines[0].result.data)}", fontsize=9)
+    axis.set_xlabel(f"{unit(lines)} on {cut(data_title(lines[0].result.data), 60)}", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -135,9 +135,9 @@ def results_page(records: Sequence[Result | dict[str, Any]]) -> str:
         INTRODUCTION,
     ]
     questions: dict[str, list[Line]] = {}
-    for line in sorted(results, key=lambda line: question(line.result) == OTHERS):
+    for line in results:
         questions.setdefault(question(line.result), []).append(line)
-    for heading, lines in sorted(questions.items(), key=lambda item: QUESTIONS.get(item[0], 1)):
+    for heading, lines in sorted(questions.items(), key=lambda x: (QUESTIONS.get(x[0], 1), x[0])):
         parts.append(f"\n## {heading}\n")
         for data in sorted({line.result.data for line in lines}):
             parts += answer([line for line in lines if line.result.data == data])

@@ -173,7 +173,7 @@ def table_html(table: Table) -> str:
     cells = "".join(f'<th scope="col">{e(cell)}</th>' for cell in head)
     lines = [
         f'<tr><th scope="row">{e(row[0])}</th>'
-        + "".join(f"<td{SHORT if len(cell) < 20 else ''}>{e(cell)}</td>" for cell in row[1:])
+        + "".join(f"<td{SHORT if len(cell) < 36 else ''}>{e(cell)}</td>" for cell in row[1:])
         for row in body
     ]
     body_rows = "</tr>".join(lines)

@@ -388,7 +388,7 @@ def test_a_figure_without_its_protocol_is_named_and_not_compared(tmp_path, comma
     judged(run, 89.0, **LINEAR)
     assert len(beside_published(lines(run))[0]) == 1
     shown = " ".join(command(run).split())
-    assert "not compared with SimCLR's 91.0 (README-S): that is linear (simclr) on cifar10" in shown
+    assert "not compared with SimCLR's 91.0 (README-S): that is linear (SimCLR's protocol)" in shown
     judged(run, 90.0, **LINEAR | {"protocol": "simclr"})
     assert "not compared with" not in command(run)
 
