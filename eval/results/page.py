@@ -27,7 +27,7 @@ from eval.results.compare import (
     unit,
 )
 from eval.results.published import data_set
-from eval.results.record import Result, digest, file_name, read, readable, told, words, write
+from eval.results.record import FOLLOWING, Result, digest, file_name, read, readable, words, write
 
 INTRODUCTION = """\
 Every figure is of the last epoch. One run has its 95 % interval over the test images; several seeds
@@ -62,31 +62,35 @@ def keep(results: Sequence[Result], folder: Path) -> None:
         parts += ["" if seed_of(kept) is None else f"seed{kept.seed}", data_title(kept.data)]
         parts += readable(kept.task, kept.protocol, kept.settings, kept.layer, kept.subject)
         name = file_name("-".join(part for part in parts if part))
-        path = folder / f"{name}-{digest([identity(kept), setting_of_run(kept)])}.json"
+        path = folder / f"{name}-{digest([*identity(kept), *settings_of(kept)])}.json"
         write(kept, path)
         there[path] = kept
 
 
 def identity(result: Result) -> list[Any]:
-    """What tells a kept judgement from others, but for the settings of its run."""
-    names = "task", "protocol", "subject", "layer", "data", "columns", "settings", "changed"
-    judgement = told(*(getattr(result, name) for name in names))
-    return [result.method, result.recipe, result.encoder, seed_of(result), judgement]
+    """What tells a kept judgement from others, but for the settings."""
+    names = "method", "recipe", "encoder", "task", "protocol", "metric", "subject", "layer", "data"
+    named = [getattr(result, name) for name in names]
+    return [*named, result.columns, result.changed, seed_of(result)]
 
 
 def seed_of(result: Result) -> int | None:
     return result.seed if result.subject == "encoder" else None
 
 
-def setting_of_run(result: Result) -> dict[str, Any]:
-    return {key: value for key, value in result.run.items() if key not in NO_SETTING}
+def settings_of(result: Result) -> list[dict[str, Any]]:
+    """The settings of the judge and of the run."""
+    judge = {key: value for key, value in result.settings.items() if key not in FOLLOWING}
+    return [judge, {key: value for key, value in result.run.items() if key not in NO_SETTING}]
 
 
 def same(one: Result, other: Result) -> bool:
     """Whether two records are of one judgement; a setting that either lacks did not exist then."""
-    settings = setting_of_run(one), setting_of_run(other)
-    alike = all(settings[1].get(key, value) == value for key, value in settings[0].items())
-    return alike and identity(one) == identity(other)
+    return identity(one) == identity(other) and all(
+        others.get(key, value) == value
+        for own, others in zip(settings_of(one), settings_of(other), strict=True)
+        for key, value in own.items()
+    )
 
 
 def public(value: Any) -> Any:

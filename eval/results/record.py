@@ -178,7 +178,8 @@ def record_name(
 ) -> str:
     """The name of a judgement's file, and of its unfinished state, without the ending.
 
-    It can be read, and no other judgement of the run has it.
+    It can be read, and no other judgement of the run has it. A setting that is not set (None, 0,
+    "") is as one that does not exist: a new one leaves the names of older records as they are.
     """
     encoder, of_run = subject.encoder, subject.source == subject.config.get("data")
     parts = readable(task, protocol, settings, encoder.layer, encoder.name)
@@ -187,8 +188,9 @@ def record_name(
     columns = {key: column for key, column in subject.columns.items() if column}
     if of_run:  # a run's own columns are not told
         columns = {k: v for k, v in columns.items() if v != subject.config.get(k)}
-    judgement = (task, protocol, encoder.name, encoder.layer, subject.source, columns)
-    return f"{file_name('-'.join(parts))}-{digest(told(*judgement, settings, changed))}"
+    given = {k: v for k, v in settings.items() if v and k not in FOLLOWING}
+    judgement = [task, protocol, encoder.name, encoder.layer, subject.source, columns]
+    return f"{file_name('-'.join(parts))}-{digest([*judgement, given, changed or {}])}"
 
 
 def readable(
@@ -197,27 +199,6 @@ def readable(
     k, percent = settings.get("k"), settings.get("label_percent")
     parts = [task, protocol, f"k{k}" if k else "", f"{percent:g}" if percent else ""]
     return [part for part in [*parts, LAYERS.get(layer, f"head{layer}"), subject] if part]
-
-
-def told(
-    task: str,
-    protocol: str,
-    subject: str,
-    layer: int,
-    data: str,
-    columns: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    changed: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """What tells a judgement from every other one of the same run.
-
-    A setting that is not set (None, 0, "") is as one that does not exist: so a setting that is new
-    leaves the names of older records as they are.
-    """
-    given = {k: v for k, v in settings.items() if v and k not in FOLLOWING}
-    names = "task", "protocol", "subject", "layer", "data", "columns", "settings", "changed"
-    values = task, protocol, subject, layer, data, columns, given, changed or {}
-    return dict(zip(names, values, strict=True))
 
 
 def digest(value: Any) -> str:

@@ -470,16 +470,18 @@ def test_what_is_measured_again_replaces_its_record_though_settings_were_added(t
             command(run, "--keep", tmp_path / "results")
         return len(list((tmp_path / "results").iterdir()))
 
-    def runs(name, **config):
+    def runs(name, judge=KNN, **config):
         for seed in (1, 2):
             run = made(tmp_path / name / f"{seed}", seed=seed, **config)
-            judged(run)
+            judged(run, settings=judge)
             judged(run, subject="random")
             yield run
 
     assert kept(*runs("old")) == 2 + 1  # a baseline is that of any seed
     assert kept(*runs("new", added=1)) == 3  # the older ones lack the setting
-    assert kept(*runs("other", added=2)) == 6
+    assert kept(*runs("precise", KNN | {"precision": "fp32"}, added=1)) == 3  # so do these
+    assert kept(*runs("other", added=2)) == 3 + 3
+    assert kept(*runs("bf16", KNN | {"precision": "bf16"}, added=1)) == 6 + 2
 
 
 def test_other_weights_in_a_runs_folder_are_kept(tmp_path, command):
