@@ -59,7 +59,7 @@ class Config:
     """decay of the target's moving average at first; it rises to 1 (official code,
     configs/byol.py)"""
     published: str = "byol-r50-100"
-    """row of eval/published.py to hold the result against (arXiv 2011.10566)"""
+    """row of eval/results/published.csv to hold the result against (arXiv 2011.10566)"""
 
     def __post_init__(self) -> None:
         check_ranges(

@@ -11,17 +11,20 @@ run=${3:-runs/byol-$recipe}
 launch=${LAUNCH:-python -m}
 
 # a judgement that is there is not repeated, unless the encoder is newer
-once() { [ "$run/results/$1.json" -nt "$run/encoder.safetensors" ] || "${@:2}"; }
+once() {
+    [ "$(find "$run/results" -name "$1-????????.json" -newer "$run/encoder.safetensors" 2>/dev/null)" ] ||
+        "${@:2}"
+}
 
 $launch byol.pretrain "$recipe" ${2:+--data "$2"} --out "$run" "${@:4}"
 if [ "$recipe" = demo ]; then # small enough for one thread, and for the floor and the ceiling beside it
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    once finetune-100-simclr-random python -m eval \
+    once finetune-simclr-100-random python -m eval \
         knn "$run" --baselines pixels random -- \
         linear "$run" --protocol features --baselines pixels random -- \
         finetune "$run" --weights random --epochs 20 --base-lr 0.2
 else
-    once knn200-encoder python -m eval.knn "$run"
+    once knn-weighted-k200-encoder python -m eval.knn "$run"
     once linear-byol-encoder python -m eval.linear "$run"
 fi
 python -m eval.compare "$run"

@@ -70,6 +70,15 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, without one that a kill has torn; none without a file."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def keep_rows_before(path: Path, step: int) -> None:
     """Keep the whole lines of steps before `step`: the others will be written again."""
     if not path.exists():

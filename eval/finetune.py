@@ -47,10 +47,10 @@ from common.errors import UserError
 from eval.batch_norm import globalize
 from eval.encoder import Cut, Encoder, load
 from eval.knn import accuracy
-from eval.results import changed, confidence, name_of_record, record
+from eval.results.record import Result, changed, confidence, record, record_name, settings_of
 from eval.splits import to_choose_on
 from eval.subjects import Subject, subjects
-from eval.training import Order, Speed, train
+from eval.training import PART, Order, Speed, train
 from eval.unfinished import Unfinished
 
 FEW = 256  # the batch size where images are small or few
@@ -376,7 +376,7 @@ def predictions(subject: Subject, model: nn.Module, images: ImageSplit) -> tuple
     return outputs, images.labels[found]
 
 
-def judge(subject: Subject, settings: Settings) -> dict[str, Any]:
+def judge(subject: Subject, settings: Settings) -> Result:
     """The record of the judgement, which is also printed and, for a run, written."""
     images, test = subject.splits()
     if subject.encoder.name == "pixels":
@@ -398,40 +398,36 @@ def judge(subject: Subject, settings: Settings) -> dict[str, Any]:
     train_images = subset(images, training, f"{percent:g} % of the labels")
     size = batch_of(protocol, settings, len(train_images), subject.encoder.input.size)
     protocol = replace(protocol, batch_size=size)
-    default_layer = layer_of(subject.encoder, replace(settings, layer=None))
-    name = f"finetune-{percent:g}-{protocol.name}"  # percent of the labels
-    name += "" if subject.encoder.layer == default_layer else subject.encoder.suffix
-    name += f"-freeze{settings.freeze}" if settings.freeze else ""
-    chosen_images = hashlib.sha256(selected.numpy().tobytes()).hexdigest()
+    drawn = hashlib.sha256(selected.numpy().tobytes()).hexdigest()
+    labels = None if all_labels else drawn
+    given = settings_of(settings, label_percent=percent, labels=labels, batch_size=size)
+    changes = changed(settings, "epochs", "base_lr", "batch_size", "weight_decay", "freeze")
+    name = record_name(subject, "finetune", protocol.name, given, changes)
     here = replace(settings, run="", data="", workers=0)  # without what makes no difference
-    key = f"{subject.digest(images)} {chosen_images} {protocol} {here}"
-    unfinished = Unfinished(subject.folder, name_of_record(subject, name), key, subject.accelerator)
+    key = f"{subject.digest(images)} {drawn} {protocol} {here}"
+    unfinished = Unfinished(subject.folder, name, key, subject.accelerator)
     model, chosen, speed = best_of(subject, train_images, choice, protocol, settings, unfinished)
     outputs, truth = predictions(subject, model, test)
     ranking = outputs.argsort(1, descending=True)
     top1 = accuracy(ranking, truth)
-    row = record(
+    lr = round(chosen.peak(chosen.rates[0], size), 6)
+    found: dict[str, Any] = {"lr": lr, "epochs": chosen.epochs[0]}
+    found |= {"chosen_of": choices, "chosen_on": choice.name if choices > 1 else None}
+    result = record(
         subject,
-        name,
-        top1=top1,
-        top5=accuracy(ranking, truth, 5) if classes > 5 else None,
+        task="finetune",
+        protocol=protocol.name,
+        metrics={"top1": top1, "top5": accuracy(ranking, truth, 5) if classes > 5 else None},
         counts=(int(selected.sum()), len(truth)),
         interval=confidence(top1, len(truth)),
-        labels=None if all_labels else chosen_images,
-        subset=settings.subset or None,
-        layer=subject.encoder.layer or None,
-        lr=round(chosen.peak(chosen.rates[0], chosen.batch_size), 6),
-        chosen_of=choices,
-        probe_epochs=chosen.epochs[0],
-        probe_batch_size=chosen.batch_size,
-        probe_weight_decay=settings.weight_decay or None,
-        probe_seed=settings.seed,
-        changed=changed(settings, "epochs", "base_lr", "batch_size", "weight_decay"),
+        settings=given | found,
+        changed=changes,
+        deviations=[f"BatchNorm over parts of {PART}"] if size > PART else [],
         seconds=unfinished.seconds(),
         speed=asdict(speed),
     )
     unfinished.remove()
-    return row
+    return result
 
 
 def main(settings: Settings) -> None:

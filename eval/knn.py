@@ -33,7 +33,7 @@ from common.run import Run
 from eval.encoder import Preprocess
 from eval.features import extract
 from eval.processes import gather, place, share
-from eval.results import confidence, record
+from eval.results.record import confidence, record, settings_of
 from eval.splits import open_train_test
 from eval.subjects import Subject, subjects
 
@@ -197,18 +197,16 @@ def judge(subject: Subject, settings: Settings) -> None:
     for k, temperature in itertools.product(settings.k, settings.temperature):
         ranking, _ = vote(similarity[:, :k], labels[index[:, :k]], len(train.classes), temperature)
         top1 = accuracy(ranking, truth)
-        suffix = "" if temperature == 0.1 else f"-T{temperature:g}"
+        top5 = accuracy(ranking, truth, 5) if len(train.classes) > 5 else None
         record(
             subject,
-            f"knn{k}{suffix}{subject.encoder.suffix}",
-            top1=top1,
+            task="knn",
+            protocol="weighted",
+            metrics={"top1": top1, "top5": top5},
             counts=(len(bank), len(truth)),  # without undecodable images
-            top5=accuracy(ranking, truth, 5) if len(train.classes) > 5 else None,
             interval=confidence(top1, len(truth)),
-            k=k,
-            temperature=temperature,
-            judged_on="train, leave-one-out" if test is None else None,
-            features=bank.shape[1],
+            settings=settings_of(settings, k=k, temperature=temperature, features=bank.shape[1]),
+            deviations=["on the training images, one left out at a time"] if test is None else [],
             seconds=time.perf_counter() - start,
         )
 

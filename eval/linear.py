@@ -37,7 +37,7 @@ from common.data import ImageSplit, generator
 from eval.identity import fingerprint
 from eval.knn import accuracy
 from eval.processes import place
-from eval.results import changed, confidence, name_of_record, record
+from eval.results.record import Result, changed, confidence, record, record_name, settings_of
 from eval.splits import to_choose_on
 from eval.subjects import Subject, subjects
 from eval.training import Order, Speed, train
@@ -253,7 +253,7 @@ def train_and_test(
     return Judged(ranking, truth, protocol.peaks()[chosen], speed)
 
 
-def judge(subject: Subject, settings: Settings) -> dict[str, Any]:
+def judge(subject: Subject, settings: Settings) -> Result:
     """The record of the judgement, which is also printed and, for a run, written."""
     protocol = protocol_of(subject, settings)
     images, _ = subject.splits()
@@ -262,30 +262,30 @@ def judge(subject: Subject, settings: Settings) -> dict[str, Any]:
         training, choice, index = to_choose_on(images, subject.validation(), settings.seed)
     protocol = replace(protocol, batch_size=min(protocol.batch_size, len(training)))  # rates follow
     before = fingerprint(subject.network)
-    name = f"linear-{protocol.name}{subject.encoder.suffix}"
+    given = settings_of(settings, epochs=protocol.epochs, batch_size=protocol.batch_size)
+    changes = changed(settings, "epochs", "batch_size")
+    name = record_name(subject, "linear", protocol.name, given, changes)
     key = f"{subject.digest(images)} {protocol} {settings.seed} {settings.precision}"
-    unfinished = Unfinished(subject.folder, name_of_record(subject, name), key, subject.accelerator)
+    unfinished = Unfinished(subject.folder, name, key, subject.accelerator)
     found = train_and_test(subject, protocol, training, (choice, index), settings, unfinished)
     if fingerprint(subject.network) != before:
         raise RuntimeError("the encoder changed under the classifier: not a linear evaluation")
     top1 = accuracy(found.ranking, found.truth)
-    row = record(
+    top5 = accuracy(found.ranking, found.truth, 5) if found.ranking.shape[1] > 5 else None
+    result = record(
         subject,
-        name,
-        top1=top1,
-        top5=accuracy(found.ranking, found.truth, 5) if found.ranking.shape[1] > 5 else None,
+        task="linear",
+        protocol=protocol.name,
+        metrics={"top1": top1, "top5": top5},
         counts=(len(images), len(found.truth)),  # tested: without undecodable images
         interval=confidence(top1, len(found.truth)),
-        lr=round(found.rate, 6),
-        probe_epochs=protocol.epochs,
-        probe_batch_size=protocol.batch_size,
-        probe_seed=settings.seed,
-        changed=changed(settings, "epochs", "batch_size"),
+        settings=given | {"lr": round(found.rate, 6), "chosen_of": len(protocol.rates)},
+        changed=changes,
         seconds=unfinished.seconds(),
         speed=asdict(found.speed),
     )
     unfinished.remove()
-    return row
+    return result
 
 
 def main(settings: Settings) -> None:

@@ -23,7 +23,6 @@ plus value / 2 times the squared weights, without biases (scikit-learn's with C 
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from common import cli
 from eval.settings import Transfer as Settings
@@ -41,8 +40,9 @@ from common.data import among, generator
 from common.errors import UserError
 from eval.identity import fingerprint
 from eval.knn import accuracy
-from eval.published import MEASURES, data_set
-from eval.results import confidence, name_of_record, record
+from eval.results import published
+from eval.results.published import data_set
+from eval.results.record import Result, confidence, record, record_name, settings_of
 from eval.splits import hold_out
 from eval.subjects import Subject, subjects
 from eval.unfinished import Unfinished
@@ -180,26 +180,25 @@ def metric_of(settings: Settings, source: str, labels: Tensor) -> str:
         UserError: it needs one label for each image and there are several, or the reverse.
     """
     default = "map11" if labels.ndim == 2 else "top1"
-    metric = settings.metric or MEASURES.get(data_set(source), default)
+    metric = settings.metric or published.METRICS.get(data_set(source), default).replace("_", "-")
     if (metric == "map11") != (labels.ndim == 2):
         labelled = "several labels" if labels.ndim == 2 else "one label"
         raise UserError(f"--metric {metric}: an image of {source} has {labelled}")
     return metric
 
 
-def judge(subject: Subject, settings: Settings) -> dict[str, Any]:
+def judge(subject: Subject, settings: Settings) -> Result:
     """The record of the judgement, which is also printed and, for a run, written."""
     before = fingerprint(subject.network)
     train, test = subject.splits()
     assert train.labels is not None
     metric = metric_of(settings, subject.source, train.labels)
     measure, classes, device = METRICS[metric], len(train.classes), subject.device
-    protocol = "transfer-linear" + (f"-{metric}" if metric != "top1" else "")
-    protocol += subject.encoder.suffix
+    given = settings_of(settings, chosen_by=metric)
+    name = record_name(subject, "transfer", "logistic", given)
     preprocess = replace(subject.encoder.input, crop=1.0, interpolation="bicubic")
     here = replace(settings, run="", data=(), workers=0)  # without what makes no difference
     key = f"{subject.digest(train, preprocess)} {here}"
-    name = name_of_record(subject, protocol)
     unfinished = Unfinished(subject.folder, name, key, subject.accelerator)
     (bank, labels), (queries, truth) = (subject.extract(part, preprocess) for part in (train, test))
     validation = subject.validation()
@@ -236,25 +235,26 @@ def judge(subject: Subject, settings: Settings) -> dict[str, Any]:
     weight = fit(features, targets, classes, value, start=start, iterations=settings.iterations)
     logits = scores(queries.to(device), weight).cpu()
     multilabel = truth.ndim == 2
-    row = record(
+    figures = {metric.replace("-", "_"): measure(logits, truth)}
+    if not multilabel:
+        figures |= {"top1": top1(logits, truth), "mean_per_class": mean_per_class(logits, truth)}
+    if not multilabel and classes > 5:
+        figures["top5"] = accuracy(logits.argsort(1, descending=True), truth, 5)
+    chosen_on = "a tenth of train" if validation is None else "validation"
+    result = record(
         subject,
-        protocol,
-        top1=measure(logits, truth),  # or the measure that the protocol's name ends in
+        task="transfer",
+        protocol="logistic",
+        metrics=figures,
+        metric=metric.replace("-", "_"),
         counts=(len(features), len(truth)),
-        top5=accuracy(logits.argsort(1, descending=True), truth, 5)
-        if classes > 5 and not multilabel
-        else None,
         interval=interval(measure, logits, truth),
-        mean_per_class=None if multilabel else round(mean_per_class(logits, truth), 3),
-        metric=metric,  # by which the regularisation was chosen
-        regularisation=value,
-        chosen_on="a tenth of train" if validation is None else "validation",
-        validation=round(best, 3),
-        probe_seed=settings.seed,
+        settings=given
+        | {"regularisation": value, "chosen_on": chosen_on, "validation": round(best, 3)},
         seconds=unfinished.seconds(),
     )
     unfinished.remove()
-    return row
+    return result
 
 
 def main(settings: Settings) -> None:

@@ -50,7 +50,7 @@ class Config:
     weight_decay: float = 1e-4  # weight decay of all parameters (Sec. 4; official main_moco.py)
     momentum: float = 0.9  # momentum of SGD (Sec. 4)
     published: str = "moco-v1-r50-200"
-    """row of eval/published.py to hold the result against (Sec. 4.1)"""
+    """row of eval/results/published.csv to hold the result against (Sec. 4.1)"""
 
     def __post_init__(self) -> None:
         check_ranges(

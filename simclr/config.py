@@ -49,7 +49,7 @@ class Config:
     """images that go through the networks at a time, which is what BatchNorm sees; 0: the whole
     batch (gradient caching, arXiv 2101.06983)"""
     published: str = "simclr-v1-r50-100"
-    """row of eval/published.py to hold the result against (App. B)"""
+    """row of eval/results/published.csv to hold the result against (App. B)"""
 
     def __post_init__(self) -> None:
         check_ranges(

@@ -15,12 +15,12 @@ from torchvision.transforms import v2
 import eval.knn
 import eval.linear
 from common import encoders
-from common.files import read_json
 from common.run import Run
 from eval.encoder import load
 from eval.features import encode
 from eval.knn import subsample
 from eval.splits import open_labelled
+from tests.eval.harness import records
 from tests.helpers import METHODS, ended, evaluate, forked, pretrain, rows
 
 BATCH, IMAGES, STEPS = 32, 5120, 4
@@ -110,15 +110,17 @@ def test_the_encoder_is_judged(trained):
     run, _, _, method, arch = trained
     evaluate(eval.knn, run, "--k", "20")
     evaluate(eval.linear, run, "--protocol", "features", "--epochs", "2")
-    protocols = ["knn20", "linear-features"]
+    names = {"knn-weighted-k20-encoder", "linear-features-encoder"}
     if (method, arch) == ("simclr", "timm:test_convnext"):
         evaluate(eval.knn, run, "--k", "20", "--layer", "-1")
         evaluate(eval.linear, run, "--epochs", "1")
-        protocols += ["knn20-output", "linear-simclr"]
-    records = {path.stem: read_json(path) for path in (run / "results").iterdir()}
-    assert records.keys() == {f"{protocol}-encoder" for protocol in protocols}
-    assert records["knn20-encoder"]["features"] == WIDTHS[arch]
-    assert all(row["encoder"] == arch and 0 < row["top1"] <= 100 for row in records.values())
+        names |= {"knn-weighted-k20-output-encoder", "linear-simclr-encoder"}
+    found = records(run)
+    assert found.keys() == names
+    assert found["knn-weighted-k20-encoder"]["settings"]["features"] == WIDTHS[arch]
+    assert all(
+        row["encoder"] == arch and 0 < row["metrics"]["top1"] <= 100 for row in found.values()
+    )
 
 
 # ---- transforms ----------------------------------------------------------------------------------

@@ -21,12 +21,12 @@ NAMES = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 def script(method):
     """The lines of a method's script, with METHOD in the place of its name."""
     text = (ROOT / method / "reproduce.sh").read_text()
-    text = text.replace("finetune-100-simclr", "supervised")  # SimCLR's protocol for all three
+    text = text.replace("finetune-simclr-100", "supervised")  # SimCLR's protocol for all three
     return text.replace(method, "METHOD").replace(NAMES[method], "METHOD").splitlines()
 
 
 def test_the_scripts_differ_in_the_method_alone():
-    notebook = "    once knn200-output-encoder python -m eval.knn"  # MoCo's figures on CIFAR-10
+    notebook = "    once knn-weighted-k200-output-encoder python -m eval.knn"  # MoCo's own figures
     texts = {method: script(method) for method in METHODS}
     extra = [line for line in texts["moco"] if line.startswith(notebook)]
     texts["moco"] = [line for line in texts["moco"] if line not in extra]
@@ -109,7 +109,7 @@ def judgements(run):
     """{file: record} without times, commands and commits."""
     found = {path.name: json.loads(path.read_text()) for path in (run / "results").glob("*.json")}
     for record in found.values():
-        del record["seconds"], record["judged"], record["pretrained_at"]
+        del record["seconds"], record["judged"], record["pretrained_at"], record["run"]["out"]
     return found
 
 
@@ -118,11 +118,11 @@ def test_killed_between_and_inside_its_stages_it_ends_in_the_same_rows(source, t
     whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
     table = reproduce(source, whole)
     reproduce(source, killed, "checkpoints/step-*.pt")  # inside pretraining
-    assert not (killed / "results" / "knn20-encoder.json").exists()
-    reproduce(source, killed, "results/knn20-encoder.json")  # inside kNN
-    assert not (killed / "results" / "knn200-random.json").exists()
-    reproduce(source, killed, "results/knn200-random.json")  # between two judgements
-    assert not (killed / "results" / "linear-features-random.json").exists()
+    assert not list(killed.glob("results/*.json"))
+    reproduce(source, killed, "results/knn-weighted-k20-encoder-*.json")  # inside kNN
+    assert not list(killed.glob("results/knn-weighted-k200-random-*.json"))
+    reproduce(source, killed, "results/knn-weighted-k200-random-*.json")  # between two judgements
+    assert not list(killed.glob("results/linear-features-random-*.json"))
     again = reproduce(source, killed)
     assert judgements(killed) == judgements(whole) and len(judgements(whole)) == 10
     assert (killed / "compare.md").read_bytes() == (whole / "compare.md").read_bytes()

@@ -19,12 +19,13 @@ from common.checkpoints import Checkpoints
 from common.data import open_images
 from common.errors import UserError
 from common.launch import launch
-from eval.compare import as_markdown
 from eval.encoder import Preprocess, build_seeded, export_metadata, load
-from eval.results import file_name, record
+from eval.results.compare import as_markdown
+from eval.results.record import file_name, read, record
 from eval.settings import KNN
 from eval.subjects import Subject, subjects
 from simclr.config import RECIPES, Config
+from tests.eval.harness import judged, save_run
 from tests.helpers import METHODS, ROOT
 
 # ---- what the code may not say -------------------------------------------------------------------
@@ -326,10 +327,27 @@ def test_a_hostile_source_in_a_whole_record(tmp_path, capsys):
     subject = Subject(
         encoder, "../../../escape", columns, folder, config, accelerator, opened=opened
     )
-    record(subject, "knn20", top1=50.0)
-    assert [p.name for p in tmp_path.rglob("*.json")] == [
-        "knn20-random-resnet18-on-..-..-..-escape.json"
-    ]
+    record(subject, task="knn", protocol="../x", metrics={"top1": 50.0}, interval=1.0, settings={})
+    [path] = tmp_path.rglob("*.json")
+    assert path.parent == folder and read(path).data == "../../../escape"
+    assert path.name.startswith("knn-..-x-random-resnet18-on-..-..-..-escape-")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metrics": {"top1": "50"}}, {"metrics": {}}, {"metrics": []}, {"metric": ["top1"]},
+        {"settings": []}, {"test_images": "many"}, {"run": None}, {"deviations": {}},
+        {"version": 3}, {"version": None}, {"task": 5}, {"epochs": "ten"}, {"layer": None},
+    ],
+)  # fmt: skip
+def test_a_record_that_no_judge_writes(tmp_path, changes):
+    run = save_run(tmp_path / "run")
+    path = judged(run)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match="not the record of a judgement") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_table_of_results_is_text_whatever_the_names():

@@ -30,7 +30,7 @@ from common import cli
 from common.errors import UserError
 from common.files import atomic_write_bytes, read_json
 from common.launch import provenance
-from eval.compare import public
+from eval.results.page import public
 
 IMAGENET = 1_281_167  # training images
 GPUS = 8

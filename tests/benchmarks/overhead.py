@@ -129,7 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     if torch.accelerator.is_available():
         raise UserError("overhead: of a CPU only; an accelerator's parts overlap (cost.py --trace)")
-    figures: dict[str, float] = {}
+    figures: dict[str, dict[str, float]] = {}
     for method, name in METHODS.items():
         with tempfile.TemporaryDirectory() as folder:
             found = measure(method, Path(folder) / "run", FLAGS)
@@ -138,14 +138,14 @@ def main() -> None:
             f"forward nor backward: {found['views']:.2%} views",
             flush=True,
         )
-        figures |= {
-            f"{name}, a step (s)": round(found["step"], 3),
-            f"{name}, neither forward nor backward (%)": round(100 * found["overhead"], 3),
-            f"{name}, of it views (%)": round(100 * found["views"], 3),
+        figures[name] = {
+            "a step (s)": round(found["step"], 3),
+            "neither forward nor backward (%)": round(100 * found["overhead"], 3),
+            "of it views (%)": round(100 * found["views"], 3),
         }
     agreement = agreement_ms()
     print(f"{'stop':<8}{agreement:.3f} ms a step for two processes to agree on whether to stop")
-    figures["two processes agree whether to stop (ms)"] = round(agreement, 4)
+    figures["two processes"] = {"agree whether to stop (ms)": round(agreement, 4)}
     if options.keep:
         here = provenance(1)
         record = {

@@ -13,7 +13,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
@@ -21,8 +20,8 @@ import tyro
 from common import cli
 from common.encoders import CIFAR
 from common.errors import UserError
-from common.files import read_json
-from eval.compare import encoder_of
+from eval.results.page import read_folder
+from eval.results.record import NOT_CLIPPED, Result
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Job:
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         return [f"{self.method}.pretrain", self.recipe, *words, *self.flags]
 
-    def judgements(self, folder: Path) -> dict[tuple[str, str], list[str]]:
-        """(protocol, subject) to the command that measures it.
+    def judgements(self, folder: Path) -> dict[tuple[str, str, int], list[str]]:
+        """(task, protocol, layer) to the command that measures it.
 
         Every method by its own linear protocol and by SimCLR's, so that methods compare; MoCo by
         kNN on its output as well, as its notebook has it.
@@ -76,13 +75,12 @@ class Job:
         if self.supervised:  # weight decay and rate that are usual for ResNets on CIFAR-10
             usual = ["--batch-size", "128", "--base-lr", "0.2", "--weight-decay", "5e-4"]
             baseline = ["eval.finetune", run, "--weights", "random", "--epochs", str(self.epochs)]
-            return {("finetune-100-simclr", "random"): [*baseline, *usual]}
-        found = {("knn200", "encoder"): ["eval.knn", run, "--k", "200"]}
+            return {("finetune", "simclr", 0): [*baseline, *usual]}
+        found = {("knn", "weighted", 0): ["eval.knn", run, "--k", "200"]}
         if self.method == "moco":
-            found["knn200-output", "encoder"] = ["eval.knn", run, "--k", "200", "--layer", "-1"]
+            found["knn", "weighted", -1] = [*found["knn", "weighted", 0], "--layer", "-1"]
         for protocol in dict.fromkeys((self.method, "simclr")):
-            command = ["eval.linear", run, "--protocol", protocol]
-            found[f"linear-{protocol}", "encoder"] = command
+            found["linear", protocol, 0] = ["eval.linear", run, "--protocol", protocol]
         return found
 
 
@@ -107,23 +105,21 @@ QUEUE = [
 ]
 
 
-def is_there(rows: list[dict[str, Any]], job: Job, protocol: str, subject: str) -> bool:
-    """Whether a kept row is this judgement of this job."""
+def is_there(results: list[Result], job: Job, task: str, protocol: str, layer: int) -> bool:
+    """Whether a kept result is this judgement of this job."""
     return any(
-        row.get("method") == job.method
-        and row.get("recipe") == job.recipe
-        and row.get("seed") == job.seed
-        and abs(row["epochs"] - job.epochs) <= 0.01 * job.epochs
-        and row["protocol"] == protocol
-        and row["subject"] == subject
-        and encoder_of(row).removesuffix(CIFAR) == job.arch
-        for row in rows
-        if row.get("protocol")
+        (r.method, r.recipe, r.seed, r.epochs) == (job.method, job.recipe, job.seed, job.epochs)
+        and (r.task, r.protocol, r.layer) == (task, protocol, layer)
+        and r.subject == ("random" if job.supervised else "encoder")
+        and r.settings.get("k", 200) == 200
+        and NOT_CLIPPED not in r.deviations
+        and (r.encoder or "").removesuffix(CIFAR) == job.arch
+        for r in results
     )
 
 
-def kept(folder: str) -> list[dict[str, Any]]:
-    return [read_json(path) for path in sorted(Path(folder).glob("*.json"))]
+def kept(folder: str) -> list[Result]:
+    return [result for _, result in read_folder(Path(folder)) if isinstance(result, Result)]
 
 
 class OutOfTime(Exception):
@@ -153,9 +149,8 @@ def execute(command: list[str], log: Path, deadline: float) -> bool:
 def work(job: Job, settings: Settings, deadline: float) -> bool:
     """Measure what is missing of a job; whether nothing failed."""
     folder, log = Path(settings.out) / job.run, Path(settings.out) / f"{job.name}.log"
-    rows = kept(settings.keep)
-    judgements = job.judgements(folder)
-    missing = [c for (p, s), c in judgements.items() if not is_there(rows, job, p, s)]
+    results = kept(settings.keep)
+    missing = [c for key, c in job.judgements(folder).items() if not is_there(results, job, *key)]
     if not missing:
         print(f"{job.name:<44} there", flush=True)
         return True

@@ -20,6 +20,7 @@ import eval.linear
 import moco.pretrain
 import simclr.pretrain
 from common import cli
+from eval.results.record import Result, write
 from tests.benchmarks import gpu_speed, results_gpu
 from tests.benchmarks.results_gpu import QUEUE, Job
 
@@ -64,10 +65,22 @@ def test_the_queue_starts_with_what_is_asked_for_first():
     assert seeds == sorted(seeds) and set(seeds) == {1, 2, 3}
 
 
+def result_of(job, task, protocol, layer, **changes):
+    """The record of a judgement of a job."""
+    fields = {"task": task, "protocol": protocol, "layer": layer, "epochs": job.epochs}
+    fields |= {"subject": "random" if job.supervised else "encoder", "data": "x", "columns": {}}
+    fields |= {"metric": "top1", "metrics": {"top1": 5.0}, "interval": 1.0, "deviations": ()}
+    fields |= {"train_images": 9, "test_images": 9, "settings": {}, "changed": {}, "run_id": ""}
+    fields |= {"method": job.method, "recipe": job.recipe, "encoder": f"{job.arch}-cifar"}
+    fields |= {"seed": job.seed, "published": None, "run": {"seed": job.seed, "epochs": job.epochs}}
+    return Result(**fields | {"pretrained_at": None, "judged": {}, "seconds": None} | changes)
+
+
 @pytest.fixture
 def played(tmp_path, monkeypatch):
     """Call the script with commands that only note themselves and what they would measure."""
     done, failing = [], set()
+    (tmp_path / "results").mkdir()
 
     def execute(command, log, deadline):
         done.append(command[0])
@@ -76,18 +89,10 @@ def played(tmp_path, monkeypatch):
         if command[0] == "eval.compare":
             for job in QUEUE:
                 if Path(command[1]).name == job.run:
-                    for protocol, subject in job.judgements(Path(command[1])):
-                        known = {"finetune-100-simclr": "eval.finetune", "knn200": "eval.knn"}
-                        by = known.get(protocol, "eval.linear" if "linear" in protocol else "")
-                        if by and by != done[-2]:
-                            continue
-                        row = {"method": job.method, "recipe": job.recipe}
-                        row |= {"encoder": f"{job.arch}-cifar"}
-                        row |= {"seed": job.seed, "epochs": job.epochs + 0.01}
-                        row |= {"protocol": protocol, "subject": subject}
-                        name = f"{job.name}-{protocol}.json"
-                        (tmp_path / "results").mkdir(exist_ok=True)
-                        (tmp_path / "results" / name).write_text(json.dumps(row))
+                    for key in job.judgements(Path(command[1])):
+                        if f"eval.{key[0]}" == done[-2]:
+                            path = tmp_path / "results" / f"{job.name}{key}.json"
+                            write(result_of(job, *key), path)
         return True
 
     def call(*words):
@@ -113,19 +118,15 @@ def test_what_is_there_is_not_measured_again(played):
     assert call() == []
 
 
-def test_a_row_of_an_older_record_is_there():
-    job, key = QUEUE[0], ("knn200", "encoder")
-    row = {
-        "method": "simclr",
-        "recipe": "cifar10",
-        "seed": 1,
-        "epochs": 200.2,
-        "subject": "encoder",
-    }
-    row |= {"protocol": "knn200", "arch": "resnet18", "stem": "cifar"}
-    pixels = row | {"subject": "pixels", "encoder": None}
-    assert results_gpu.is_there([{"kind": "measurement"}, pixels, row], job, *key)
-    assert not results_gpu.is_there([pixels, row | {"arch": "resnet50"}], job, *key)
+def test_a_row_of_another_judgement_is_not_it():
+    job, key = QUEUE[0], ("knn", "weighted", 0)
+    assert results_gpu.is_there([result_of(job, *key)], job, *key)
+    for change in (
+        {"encoder": "resnet50"}, {"subject": "pixels"}, {"settings": {"k": 20}}, {"seed": 2},
+        {"deviations": ("views not clipped",)}, {"layer": -1}, {"epochs": 100},
+    ):  # fmt: skip
+        other = replace(result_of(job, *key), **change)
+        assert not results_gpu.is_there([other], job, *key), change
 
 
 def test_a_failure_does_not_stop_the_queue(played, capsys):
@@ -181,13 +182,14 @@ def test_the_queue_for_real_on_a_small_scale(tmp_path, monkeypatch):
     job = Job("byol", "cifar10", 1, 1, "demo", 16, flags=small)
     queue = [job, replace(job, supervised=True)]
     monkeypatch.setattr(results_gpu, "QUEUE", queue)
-    protocols = {"knn200", "linear-byol", "linear-simclr", "finetune-100-simclr"}
     argv = ["--data", str(pictures(tmp_path / "images")), "--cpu", "--out", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", ["x", *argv, "--keep", str(tmp_path / "results")])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cli.run(results_gpu.main)
-    rows = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")]
-    assert {row["protocol"] for row in rows} == protocols and len(rows) == 4
+    rows = results_gpu.kept(tmp_path / "results")
+    protocols = {(row.task, row.protocol) for row in rows}
+    linear = {("linear", "byol"), ("linear", "simclr")}
+    assert protocols == linear | {("knn", "weighted"), ("finetune", "simclr")} and len(rows) == 4
     assert all(results_gpu.is_there(rows, j, *k) for j in queue for k in j.judgements(tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     cli.run(results_gpu.main)

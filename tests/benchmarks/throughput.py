@@ -182,9 +182,8 @@ def keep(folder: Path, figures: dict, about: dict) -> None:
         "title": f"throughput beside lightly {about['versions']['lightly']} and torchvision",
         "command": "python tests/benchmarks/throughput.py",
         "figures": {
-            f"{row}, {side} ({sides.ROWS[row][1]}/s)": round(rate, 2)
+            f"{row} ({sides.ROWS[row][1]}/s)": {n: round(rate, 2) for n, rate in rates.items()}
             for row, rates in figures.items()
-            for side, rate in rates.items()
         },
         "device": about["device"],
         "commit": commit,

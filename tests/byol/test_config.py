@@ -17,7 +17,7 @@ from byol.model import Online, group_norm_weight_standardised, init_weights
 from byol.optim import tau_at
 from common import encoders
 from common.augment import Batched
-from eval.published import PUBLISHED
+from eval.results.published import PUBLISHED
 from tests.byol.harness import play
 from tests.helpers import ROOT, golden_json
 

@@ -40,7 +40,7 @@ def subject_of(network: torch.nn.Module) -> Subject:
 
 
 def linear(network: torch.nn.Module) -> float:
-    return eval.linear.judge(subject_of(network), Linear(protocol="features", epochs=20))["top1"]
+    return eval.linear.judge(subject_of(network), Linear(protocol="features", epochs=20)).value
 
 
 def test_same_images_for_the_same_seed():
@@ -71,7 +71,7 @@ def test_pixels_and_a_random_encoder_know_little():
 def test_labels_tell_nearly_all():
     subject = subject_of(build_seeded({"encoder": "demo"}, PREPROCESS))
     settings = Finetune(epochs=20, base_lr=0.2, batch_size=256)
-    assert eval.finetune.judge(subject, settings)["top1"] > 95
+    assert eval.finetune.judge(subject, settings).value > 95
 
 
 def pretrained(shuffled: bool) -> torch.nn.Module:

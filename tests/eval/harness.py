@@ -12,6 +12,7 @@ from common.files import read_json
 from common.launch import launch
 from eval import unfinished
 from eval.encoder import Encoder, Preprocess, build_seeded, export_metadata
+from eval.results.record import Result, run_id, write
 from eval.subjects import Subject
 
 
@@ -65,7 +66,8 @@ def save_run(folder, size=16, **config):
     save_encoder(folder / "encoder.safetensors", network, preprocess=Preprocess.of(size))
     config = {"data": "demo", "out": str(folder), "seed": 9, "batch_size": 6, "epochs": 1} | config
     record = {"method": "simclr", "recipe": "demo", "config": config, "overridden": []}
-    record |= {"images": 60, "steps": 20, "launches": [{"command": "x", "device": "CPU"}]}
+    launch = {"command": f"python -m simclr.pretrain demo --out {folder}", "device": "CPU"}
+    record |= {"images": 60, "steps": 20, "launches": [launch]}
     (folder / "config.json").write_text(json.dumps(record))
     return folder
 
@@ -81,6 +83,40 @@ def save_images(folder, classes=("a", "b", "c"), train=30, test=12, size=(16, 16
             colour[i % 3] += gain
             Image.new("RGB", size, tuple(colour)).save(path)
     return folder
+
+
+def judged(run, value=50.0, /, **changes):
+    """Write a record as a judge does, of a run that `save_run` has made; its path."""
+    known = json.loads((run / "config.json").read_text())
+    cfg = known["config"]
+    at = {"commit": "abcdef123456", "device": "CPU (2 cores)", "processes": 1}
+    fields = {"task": "knn", "protocol": "weighted", "subject": "encoder", "layer": 0}
+    fields |= {"data": cfg["data"], "columns": {}, "metric": "top1", "interval": 1.7}
+    fields |= {"train_images": 50_000, "test_images": 10_000, "changed": {}, "deviations": ()}
+    fields |= {"settings": {"k": 20, "temperature": 0.1}, "seed": cfg["seed"], "run": cfg}
+    fields |= {"method": known["method"], "recipe": known["recipe"], "epochs": cfg["epochs"]}
+    fields |= {"encoder": "demo", "published": cfg.get("published"), "pretrained_at": at["commit"]}
+    fields |= {"run_id": run_id(known["method"], cfg), "seconds": 3.0}
+    fields |= {"judged": at | {"command": f"python -m eval.knn {run}"}} | changes
+    metrics = {fields["metric"]: value} | fields.pop("metrics", {})
+    result = Result(metrics=metrics, **fields)
+    path = run / "results" / f"{len(list((run / 'results').iterdir())):03}.json"
+    write(result, path)
+    return path
+
+
+def records(run):
+    """{file name without its digest: record} of a run's judgements."""
+    paths = sorted((run / "results").glob("*.json"))
+    found = {path.stem.rpartition("-")[0]: read_json(path) for path in paths}
+    assert len(found) == len(paths)
+    return found
+
+
+def record_of(folder):
+    """The one record in a folder."""
+    (path,) = folder.glob("*.json")
+    return read_json(path)
 
 
 # ---- judgements that are stopped where they save their state, and begun again --------------------

@@ -9,14 +9,13 @@ from torch import nn
 from common import encoders
 from common.data import ImageSplit
 from common.errors import UserError
-from common.files import read_json
 from eval import finetune
 from eval.encoder import Encoder, Preprocess
 from eval.finetune import Settings, choose
 from eval.identity import fingerprint
 from eval.training import Order, Speed
 from eval.unfinished import Unfinished
-from tests.eval.harness import Network, again, assert_same_records, coloured, subject_of
+from tests.eval.harness import Network, again, assert_same_records, coloured, record_of, subject_of
 
 
 def test_a_fraction_is_balanced_and_seeded():
@@ -61,17 +60,19 @@ def test_the_official_lists_find_the_hubs_names(tmp_path):
     assert choose(images, 1.0, str(names), 1).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize(("fraction", "name", "epochs"), [(0.01, "1", 60), (1.0, "100", 30)])
-def test_the_record(tmp_path, fraction, name, epochs):
+@pytest.mark.parametrize(("fraction", "percent", "epochs"), [(0.01, 1, 60), (1.0, 100, 30)])
+def test_the_record(tmp_path, fraction, percent, epochs):
     subject = subject_of(tmp_path)
     before = fingerprint(subject.encoder.network)
     finetune.judge(subject, Settings(label_fraction=fraction, batch_size=60))
     assert fingerprint(subject.encoder.network) == before
-    row = read_json(tmp_path / f"finetune-{name}-simclr-encoder.json")
-    assert row["train_images"] == max(3, 120 * fraction) and row["probe_epochs"] == epochs
-    assert row["probe_batch_size"] == min(60, row["train_images"])
-    assert row["lr"] == pytest.approx(0.05 * row["probe_batch_size"] / 256, abs=1e-6)
-    assert ("labels" in row) == (fraction < 1)
+    row = record_of(tmp_path)
+    assert row["train_images"] == max(3, 120 * fraction) and row["settings"]["epochs"] == epochs
+    assert row["settings"]["batch_size"] == min(60, row["train_images"])
+    rate = 0.05 * row["settings"]["batch_size"] / 256
+    assert row["settings"]["lr"] == pytest.approx(rate, abs=1e-6)
+    assert bool(row["settings"]["labels"]) == (fraction < 1)
+    assert row["settings"]["label_percent"] == percent and row["deviations"] == []
     assert not (tmp_path / "unfinished").exists()
 
 
@@ -137,9 +138,10 @@ def test_a_sweep_chooses_on_held_out_images(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "fine_tune", instead)
     finetune.judge(subject_of(tmp_path, method="byol"), Settings())
     assert len(tried) == 10 and {images for *_, images in tried} == {108}
-    row = read_json(tmp_path / "finetune-100-byol-encoder.json")
-    assert row["top1"] == 100.0 and row["chosen_of"] == 10
-    assert row["probe_epochs"] == 50 and row["lr"] == pytest.approx(0.05 * 108 / 256, abs=1e-6)
+    row = record_of(tmp_path)
+    assert row["metrics"]["top1"] == 100.0 and row["settings"]["chosen_of"] == 10
+    assert row["settings"]["epochs"] == 50
+    assert row["settings"]["lr"] == pytest.approx(0.05 * 108 / 256, abs=1e-6)
 
 
 def test_few_labels_are_all_trained_on_where_others_can_choose(tmp_path, monkeypatch):

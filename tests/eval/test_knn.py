@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.files import read_json
 from common.launch import launch
 from eval.encoder import Encoder, Preprocess
 from eval.knn import OnlineKNN, Settings, accuracy, judge, nearest, predict, subsample, vote
-from eval.results import confidence
+from eval.results.record import confidence
 from eval.subjects import Subject
-from tests.eval.harness import Network, coloured
+from tests.eval.harness import Network, coloured, record_of
 from tests.helpers import golden
 
 
@@ -149,9 +148,11 @@ def test_only_images_that_are_judged_are_counted(tmp_path, left_out):
     config, accelerator = {"data": "x"}, launch("fp32")
     subject = Subject(encoder, "x", {}, tmp_path, config, accelerator, opened=opened)
     judge(subject, Settings(k=(5,)))
-    row = read_json(tmp_path / "knn5-encoder.json")
+    row = record_of(tmp_path)
     assert (row["train_images"], row["test_images"]) == (89, 89 if left_out else 29)
-    assert row["top1"] == 100.0 and row["interval"] == confidence(100.0, row["test_images"])
+    assert len(row["deviations"]) == left_out
+    assert row["metrics"]["top1"] == 100.0
+    assert row["interval"] == confidence(100.0, row["test_images"])
 
 
 def test_a_subsample_keeps_images_and_labels_together():

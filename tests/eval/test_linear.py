@@ -11,18 +11,17 @@ import torch.nn.functional as F
 from common.augment import Batched
 from common.data import ImageSplit, epoch_order
 from common.errors import UserError
-from common.files import read_json
 from common.launch import launch
 from eval import linear, training
 from eval.encoder import Preprocess
 from eval.identity import fingerprint
 from eval.linear import BYOL, FEATURES, MOCO, PROTOCOLS, SIMCLR, SIMCLR_CIFAR, Probe, Settings
-from eval.results import confidence
+from eval.results.record import confidence
 from eval.splits import to_choose_on
 from eval.training import Crops, Order
 from eval.unfinished import Unfinished
 from tests import helpers
-from tests.eval.harness import again, assert_same_records, coloured, subject_of
+from tests.eval.harness import again, assert_same_records, coloured, record_of, subject_of
 
 PLAIN = replace(FEATURES, rates=(0.5,), batch_size=256, init_std=0.0)
 
@@ -241,11 +240,12 @@ def test_every_protocol_reaches_what_can_be_reached(tmp_path, protocol):
     before = fingerprint(subject.encoder.network)
     linear.judge(subject, Settings(protocol=protocol, epochs=10, batch_size=16))
     assert fingerprint(subject.encoder.network) == before
-    row = read_json(tmp_path / f"linear-{protocol}-encoder.json")
-    assert row["top1"] == 100.0 and row["protocol"] == f"linear-{protocol}"
-    assert row["probe_epochs"] == 10 and row["probe_batch_size"] == 16
+    row = record_of(tmp_path)
+    assert row["metrics"]["top1"] == 100.0
+    assert (row["task"], row["protocol"], row["metric"]) == ("linear", protocol, "top1")
+    assert row["settings"]["epochs"] == 10 and row["settings"]["batch_size"] == 16
     rates = replace(PROTOCOLS[protocol], batch_size=16).peaks()
-    assert min(abs(row["lr"] - rate) for rate in rates) < 1e-6
+    assert min(abs(row["settings"]["lr"] - rate) for rate in rates) < 1e-6
 
 
 @pytest.mark.parametrize("protocol", ["simclr", "moco", "byol", "features"])
@@ -253,9 +253,9 @@ def test_every_protocol_reaches_what_can_be_reached(tmp_path, protocol):
 def test_a_few_images(tmp_path, protocol, count):
     subject = subject_of(tmp_path, counts=(count, 3))
     linear.judge(subject, Settings(protocol=protocol, epochs=2))
-    row = read_json(tmp_path / f"linear-{protocol}-encoder.json")
-    assert 0 <= row["top1"] <= 100 and row["train_images"] == count
-    assert row["probe_batch_size"] == count - (protocol in ("byol", "features"))
+    row = record_of(tmp_path)
+    assert 0 <= row["metrics"]["top1"] <= 100 and row["train_images"] == count
+    assert row["settings"]["batch_size"] == count - (protocol in ("byol", "features"))
 
 
 def test_an_encoder_that_learns_under_the_classifier_is_caught(tmp_path, monkeypatch):
@@ -277,12 +277,12 @@ def test_an_encoder_that_learns_under_the_classifier_is_caught(tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     "changes, recorded",
-    [({}, None), ({"epochs": 2, "batch_size": 16}, {"epochs": 2, "batch_size": 16})],
+    [({}, {}), ({"epochs": 2, "batch_size": 16}, {"epochs": 2, "batch_size": 16})],
 )
 def test_what_is_not_the_protocols_own_is_recorded(tmp_path, changes, recorded):
     subject = subject_of(tmp_path)
     linear.judge(subject, Settings(protocol="features", **changes))
-    assert read_json(tmp_path / "linear-features-encoder.json").get("changed") == recorded
+    assert record_of(tmp_path)["changed"] == recorded
 
 
 @pytest.mark.parametrize(("method", "name"), [("moco", "moco"), ("byol", "byol")])
@@ -308,9 +308,9 @@ def test_only_images_that_are_judged_are_counted(tmp_path, protocol):
     test.encoded, test.store = ["nowhere.png", *test.encoded[1:]], None
     subject.opened["splits"] = (subject.splits()[0], test)
     linear.judge(subject, Settings(protocol=protocol, epochs=1, batch_size=16))
-    row = read_json(tmp_path / f"linear-{protocol}-encoder.json")
+    row = record_of(tmp_path)
     assert (row["train_images"], row["test_images"]) == (120, 29)
-    assert row["interval"] == pytest.approx(confidence(row["top1"], 29), abs=1e-3)
+    assert row["interval"] == pytest.approx(confidence(row["metrics"]["top1"], 29), abs=1e-3)
 
 
 def test_the_same_seed_gives_the_same_answer(tmp_path, monkeypatch):
@@ -346,9 +346,9 @@ def test_a_wrong_protocol_is_refused(capsys):
 
 def test_the_rate_follows_the_batch_that_there_is(tmp_path):
     linear.judge(subject_of(tmp_path), Settings(protocol="simclr", epochs=1))
-    row = read_json(tmp_path / "linear-simclr-encoder.json")
-    assert row["probe_batch_size"] == 120  # all images; the protocol says 4096
-    assert row["lr"] == pytest.approx(0.1 * 120 / 256, abs=1e-6)
+    row = record_of(tmp_path)
+    assert row["settings"]["batch_size"] == 120  # all images; the protocol says 4096
+    assert row["settings"]["lr"] == pytest.approx(0.1 * 120 / 256, abs=1e-6)
 
 
 @pytest.mark.parametrize("protocol", ["moco", "byol", "features"])

@@ -11,7 +11,7 @@ import eval.knn
 import eval.linear
 from common.errors import UserError
 from eval.__main__ import EVALUATIONS, SETTINGS, main, parse
-from tests.eval.harness import assert_same_records, save_images, save_run
+from tests.eval.harness import assert_same_records, records, save_images, save_run
 from tests.helpers import ROOT, evaluate
 
 
@@ -68,7 +68,7 @@ def test_a_command_that_fails_is_named_and_is_the_last(run):
     words = " -- ".join(commands).replace("RUN", str(run)).split()
     with pytest.raises(UserError, match=r"^finetune: --freeze 5: the encoder has 4 stages"):
         main(parse(words))
-    assert [path.name for path in (run / "results").iterdir()] == ["knn5-encoder.json"]
+    assert [*records(run)] == ["knn-weighted-k5-encoder"]
 
 
 def test_help_teaches_it(capsys):

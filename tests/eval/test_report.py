@@ -14,9 +14,9 @@ from PIL import Image
 
 import eval.compare
 import eval.knn
-import eval.report as report
 from common.data import ImageSplit
-from tests.eval.harness import save_images, save_run
+from eval.results import report
+from tests.eval.harness import judged, save_images, save_run
 from tests.helpers import evaluate
 
 HOSTILE = "<script>alert(1)<"  # a class name, as a folder's name may be
@@ -209,45 +209,75 @@ def test_ticks_are_round_and_reach_around(low, high):
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
 QUIET += "--disable-background-networking --disable-component-update --disable-sync"
+WIDTHS = (1280, 390)
 MEASURE = """<script>addEventListener("load", () => {
-  const wide = document.documentElement.scrollWidth, broken = [...document.images]
+  const page = document.documentElement, broken = [...document.images]
     .filter((image) => !image.naturalWidth).length
-  parent.postMessage(`wide ${wide} broken ${broken} of ${document.images.length}`, "*")
+  parent.postMessage([page.scrollWidth, page.clientWidth, broken, document.images.length], "*")
 })</script>"""
-SAY = """</iframe><script>onmessage = (said) => { document.title = said.data }</script>"""
+SAY = """<script>onmessage = (said) => { document.title += said.data.join(" ") + ";" }</script>"""
+
+
+@pytest.fixture(scope="module")
+def long_page(tmp_path_factory):
+    """The report on records alone: long names, several seeds, other metrics, no encoder."""
+    folder = tmp_path_factory.mktemp("long")
+    for seed in (1, 2, 3):
+        name = f"{'a-run-with-a-very-long-name-' * 5}{seed}"
+        long = "a_recipe_with_a_name_that_nothing_parts_" * 3
+        run = save_run(folder / name, seed=seed, data="ILSVRC/" + "imagenet_of_many_classes_" * 4)
+        (run / "encoder.safetensors").unlink()
+        known = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(known | {"recipe": long}))
+        rows = [{"step": i, "loss": 123456.789 - i, "lr": 1e-9 * i} for i in range(9)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for k in (1, 5, 20, 200, 2000):
+            judged(run, 50.0 + seed, settings={"k": k})
+        judged(run, 50.0 + seed, task="transfer", protocol="logistic", metric="mean_per_class")
+        judged(run, 61.5, task="segmentation", protocol="x" * 60, metric="mean_iou", layer=3)
+        judged(run, 0.5, subject=f"torchvision:{'w' * 90}.pth", settings={"k": 20})
+        changed = {"epochs": 3, "base_lr": 0.05, "jitter": [0.4, 0.4, 0.2, 0.1]}
+        judged(run, task="finetune", protocol="simclr", settings={}, changed=changed)
+    runs = sorted(path for path in folder.iterdir())
+    evaluate(eval.compare, *runs, "--out", folder / "out", "--report", folder / "page")
+    return folder / "page"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_browser_nothing_sticks_out(page, tmp_path, width):
+@pytest.mark.parametrize("which, images", [("page", 50), ("long_page", 1)])
+def test_in_a_browser_nothing_sticks_out(which, images, request, tmp_path):
     """No part is wider than the window, every picture shows, and something is drawn.
 
-    500 px is the narrowest window of headless Chromium: a phone's 390 px are those of a frame.
+    500 px is the narrowest window of headless Chromium: each width is that of a frame.
     """
-    text = (page[0] / "index.html").read_text().replace("</body>", MEASURE + "</body>")
-    (tmp_path / "page.html").write_text(text)
-    frame = (
-        '<body style="margin:0"><iframe src="page.html" style="width:{}px;height:1600px;border:0">'
+    made = request.getfixturevalue(which)
+    text = ((made[0] if which == "page" else made) / "index.html").read_text()
+    (tmp_path / "page.html").write_text(text.replace("</body>", MEASURE + "</body>"))
+    frame = '<iframe src="page.html" style="width:{}px;height:1600px;border:0"></iframe>'
+    frames = "".join(map(frame.format, WIDTHS))
+    (tmp_path / "frame.html").write_text(
+        f'<title></title>{SAY}<body style="margin:0;white-space:nowrap;width:1700px">{frames}'
     )
-    (tmp_path / "frame.html").write_text("<title></title>" + frame.format(width) + SAY)
     command = [CHROMIUM, *QUIET.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--allow-file-access-from-files", "--window-size=1280,1600"]
-    address = f"file://{tmp_path / 'frame.html'}"
+    command += ["--allow-file-access-from-files", "--window-size=1700,1600"]
+    address, shot = f"file://{tmp_path / 'frame.html'}", tmp_path / "shot.png"
     said = subprocess.run(
         [*command, "--virtual-time-budget=5000", "--dump-dom", address],
         capture_output=True,
         text=True,
         timeout=120,
     ).stdout
-    found = re.search(r"<title>wide (\d+) broken (\d+) of (\d+)</title>", said)
+    found = re.search(r"<title>([\d ;]+)</title>", said)
     assert found, said[:300]
-    wide, broken, images = map(int, found.groups())
-    assert wide <= width and broken == 0 and images > 50
-    shot = tmp_path / "shot.png"
+    measured = [tuple(map(int, each.split())) for each in found[1].split(";") if each]
+    assert sorted(client for _, client, *_ in measured) == sorted(WIDTHS)
+    for scroll, client, broken, count in measured:
+        assert scroll <= client and broken == 0 and count >= images
     subprocess.run([*command, f"--screenshot={shot}", address], check=True, timeout=120)
     with Image.open(shot) as picture:
-        drawn = picture.convert("RGB").crop((0, 0, width, 1600))
-        assert len(drawn.quantize(64).getcolors()) > 30
+        for left, right in ((0, 1280), (1300, 1660)):
+            drawn = picture.convert("RGB").crop((left, 0, right, 1600))
+            assert len(drawn.quantize(64).getcolors()) > 30
 
 
 def test_an_image_that_cannot_be_decoded_is_left_out_of_the_pictures(page, tmp_path):

@@ -1,4 +1,4 @@
-"""What is judged, and its record; the kNN command on a small run."""
+"""What is judged, and its record: written, named and read; the kNN command on a small run."""
 
 import json
 import math
@@ -9,17 +9,19 @@ from PIL import Image
 from torch import nn
 
 import eval.knn
+import eval.linear
 import eval.subjects
+from common.config import RunConfig
 from common.data import ImageSplit
 from common.errors import UserError
-from common.files import read_json
 from eval.encoder import Preprocess
 from eval.features import digest_of
 from eval.identity import fingerprint
-from eval.results import confidence, measure_of, with_interval
+from eval.results import record
+from eval.results.record import confidence, read, results_of, run_id, with_interval
 from eval.settings import KNN
 from eval.subjects import subjects
-from tests.eval.harness import save_images, save_run
+from tests.eval.harness import judged, records, save_images, save_run
 from tests.helpers import evaluate
 
 
@@ -40,39 +42,90 @@ def command(capsys):
     return call
 
 
-def results(run):
-    return {path.name: read_json(path) for path in (run / "results").iterdir()}
-
-
 def test_knn_of_a_run_and_its_baselines(run, command):
     shown = command(eval.knn, run, "--k", "5", "1000", "--baselines", "random", "pixels")
-    found = results(run)
-    names = {f"knn{k}-{name}.json" for k in (5, 1000) for name in ("encoder", "random", "pixels")}
-    assert found.keys() == names
+    found = records(run)
+    subjects_of = ("encoder", "random", "pixels")
+    assert found.keys() == {f"knn-weighted-k{k}-{name}" for k in (5, 1000) for name in subjects_of}
     assert len(shown.splitlines()) == 6 and shown.count("Top-1") == 6
-    row = found["knn5-encoder.json"]
-    assert row["protocol"] == "knn5" and row["subject"] == "encoder" and row["k"] == 5
-    assert row["top1"] == 100.0 and found["knn5-pixels.json"]["top1"] == 100.0
+    row = found["knn-weighted-k5-encoder"]
+    assert row["version"] == 2 and row["metric"] == "top1"
+    assert (row["task"], row["protocol"], row["subject"]) == ("knn", "weighted", "encoder")
+    assert row["settings"] == {"k": 5, "temperature": 0.1, "features": 128, "precision": "fp32"}
+    assert row["metrics"] == {"top1": 100.0}  # three classes: no Top-5
+    assert found["knn-weighted-k5-pixels"]["metrics"] == {"top1": 100.0}
     assert row["train_images"] == 30 and row["test_images"] == 12
     assert row["method"] == "simclr" and row["recipe"] == "demo" and row["seed"] == 9
-    assert row["epochs"] == 1.0 and row["encoder"] == "demo" and row["batch_size"] == 6
-    assert "arch" not in row and "stem" not in row
+    assert row["epochs"] == 1.0 and row["encoder"] == "demo" and row["run"]["batch_size"] == 6
     assert row["published"] == "some-row" and row["pretrained_at"] and row["seconds"] > 0
     assert {"command", "commit", "device", "versions", "started"} <= row["judged"].keys()
-    assert "top5" not in row  # three classes
     assert row["interval"] == pytest.approx(confidence(100.0, 12))
     # the random baseline has the very weights that were exported here
-    assert found["knn5-random.json"]["top1"] == row["top1"]
+    assert found["knn-weighted-k5-random"]["metrics"] == row["metrics"]
 
 
-def test_other_data_is_said_in_the_name(run, command):
-    before = results(run).keys()
+def test_what_is_judged_otherwise_has_a_file_of_its_own_and_the_same_again_has_not(run, command):
+    def files(*argv, module=eval.linear, flags=("--protocol", "features")):
+        command(module, run, *flags, *argv)
+        return {path.name for path in (run / "results").glob("*.json")}
+
+    before = files("--epochs", "1")
+    assert files("--epochs", "1") == before
+    for argv in ("--epochs 2", "--epochs 1 --seed 2", "--epochs 1 --batch-size 7"):
+        new = files(*argv.split())
+        assert len(new) == len(before) + 1
+        before = new
+    for temperature in ("0.1", "0.07"):
+        new = files(module=eval.knn, flags=("--k", "4", "--temperature", temperature))
+        assert len(new) == len(before) + 1
+        before = new
+    source = run.parent / "source" / "train"
+    new = files("--epochs", "1", "--data", source) - before
+    [row] = [read(run / "results" / name) for name in new]
+    assert row.data == str(source) and row.test_images == 6
+    assert "linear-features-encoder-on-" in new.pop()
+
+
+def test_a_source_without_a_test_split_is_a_deviation(run, command):
     command(eval.knn, run, "--k", "3", "--data", run.parent / "source" / "train")
-    (new,) = results(run).keys() - before
-    assert new.startswith("knn3-encoder-on-") and "source-train" in new
-    assert results(run)[new]["data"].endswith("source/train")
-    assert results(run)[new]["test_images"] == 30
-    assert results(run)[new]["judged_on"] == "train, leave-one-out"  # no test split
+    [row] = [
+        row for row in results_of(run)[0] if row.settings.get("k") == 3 and row.test_images == 30
+    ]
+    assert row.deviations == ("on the training images, one left out at a time",)
+
+
+def test_settings_are_all_that_the_judge_was_told():
+    told = record.settings_of(KNN(run="r", temperature=(0.2,)), k=3)
+    assert told == {"k": 3, "temperature": [0.2], "precision": "fp32"}
+
+
+def test_the_id_of_a_run_is_that_of_its_settings():
+    settings = {f: getattr(RunConfig(), f) for f in RunConfig.__dataclass_fields__} | {"dim": 64}
+    known = run_id("moco", settings)
+    assert len(known) == 8 and int(known, 16) >= 0
+    for free in ("out", "workers", "memory_gb", "log_every", "save_every", "trackers", "processes"):
+        assert run_id("moco", settings | {free: "other"}) == known, free
+    for change in ({"dim": 65}, {"seed": 2}, {"precision": "bf16"}):
+        assert run_id("moco", settings | change) != known, change
+    assert run_id("byol", settings) != known
+
+
+def test_a_record_of_an_older_version_is_named_with_the_command_that_judges_again(tmp_path):
+    run = save_run(tmp_path / "run")
+    judged(run)
+    command = "python -m eval.linear runs/x"
+    old = {"protocol": "linear-simclr", "top1": 50.0, "judged": {"command": command}}
+    path = run / "results" / "linear-simclr-encoder.json"
+    path.write_text(json.dumps(old))
+    found, older = results_of(run)
+    assert len(found) == 1
+    assert older == [f"{path}: a record of an older version; judge again: {command}"]
+    (run / "results" / "000.json").unlink()
+    with pytest.raises(UserError, match=f"judge again: {command}"):
+        results_of(run)
+    path.unlink()
+    with pytest.raises(UserError, match=r"first: python -m eval\.knn"):
+        results_of(run)
 
 
 def test_features_are_computed_once(run, command, monkeypatch, capsys):
@@ -193,16 +246,3 @@ def test_an_interval_that_is_not_centred_is_told_by_its_ends(percent, count, sai
     assert with_interval(percent, confidence(percent, count), count) == said
     resampled = confidence(percent, count) + 1  # of a measure that is no share: no such centre
     assert with_interval(percent, resampled, count) == f"{percent:.1f} ± {resampled:.1f}"
-
-
-@pytest.mark.parametrize(
-    "protocol, measure",
-    [
-        ("transfer-linear", "Top-1"),
-        ("transfer-linear-map11", "11-point mAP"),
-        ("transfer-linear-mean-per-class", "mean per class"),
-        ("linear-moco", "Top-1"),
-    ],
-)
-def test_a_figure_is_called_what_it_is(protocol, measure):
-    assert measure_of(protocol) == measure

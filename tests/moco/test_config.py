@@ -14,7 +14,7 @@ from accelerate import Accelerator
 import moco.config
 from common import encoders
 from common.augment import Batched
-from eval.published import PUBLISHED
+from eval.results.published import PUBLISHED
 from moco import augment
 from moco.config import CIFAR10, CIFAR10_SYMMETRIC, MOCO_V1, MOCO_V2, RECIPES, Config
 from moco.model import MoCo, split_batchnorm

@@ -280,10 +280,11 @@ STAND_IN = """#!/usr/bin/env bash
 echo "$*" >> "$SAID"
 mkdir -p "$RUN/results"
 case "$2:$*" in
-eval:*) touch "$RUN/results/finetune-100-simclr-random.json" ;;
-eval.knn:*--layer*) touch "$RUN/results/knn200-output-encoder.json" ;;
-eval.knn:*) touch "$RUN/results/knn200-encoder.json" ;;
-eval.linear:*) touch "$RUN/results/linear-moco-encoder.json" ;;
+moco.pretrain:*) [ -e "$RUN/encoder.safetensors" ] || touch "$RUN/encoder.safetensors" ;;
+eval:*) touch "$RUN/results/finetune-simclr-100-random-00000000.json" ;;
+eval.knn:*--layer*) touch "$RUN/results/knn-weighted-k200-output-encoder-00000000.json" ;;
+eval.knn:*) touch "$RUN/results/knn-weighted-k200-encoder-00000000.json" ;;
+eval.linear:*) touch "$RUN/results/linear-moco-encoder-00000000.json" ;;
 esac
 """
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 import simclr.config
 from common import encoders
 from common.augment import Batched
-from eval.published import PUBLISHED
+from eval.results.published import PUBLISHED
 from simclr import augment
 from simclr.config import CIFAR10, CIFAR10_R50, IMAGENET_100, IMAGENET_1000, RECIPES, Config
 from simclr.model import SimCLR, init_weights

@@ -1,0 +1,298 @@
+"""A folder of kept results, and RESULTS.md: one table a question, made from the records alone."""
+
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from common.errors import UserError
+from common.files import read_json
+from eval.results.compare import (
+    NO_SETTING,
+    Line,
+    Table,
+    as_markdown,
+    beside_published,
+    columns,
+    data_title,
+    escaped,
+    groups,
+    named,
+    network_title,
+    one_baseline,
+    over_seeds,
+    overview,
+    unit,
+)
+from eval.results.published import data_set
+from eval.results.record import FOLLOWING, Result, digest, file_name, read, readable, words, write
+
+INTRODUCTION = """\
+Every figure is of the last epoch. One run has its 95 % interval over the test images; several seeds
+have their mean, standard deviation and values. kNN (k 20) is the vote of the 20 nearest training
+images by the similarity of their features; a linear classifier is trained on features that stay as
+they are; fine-tuning trains the whole network with labels. A random encoder is the same network
+untrained, and raw pixels have none; the methods prepare images in their own ways, and of these
+baselines the best is shown. The supervised baseline learned from all labels. What is marked "views
+not clipped" was trained on crops whose bicubic overshoot was left in, and compares with nothing
+else."""
+IN_NAMES = {"data", "epochs"}  # settings that every name or heading has
+NAMES = {"cifar10": "CIFAR-10", "imagenet": "ImageNet", "imagenette": "Imagenette"}
+MEASUREMENT = {"title", "figures", "command", "device", "commit"}
+
+
+# ---- a folder of results -------------------------------------------------------------------------
+
+
+def keep(results: Sequence[Result], folder: Path) -> None:
+    """Copy judgements into a folder of results, one file each, without folders of this machine.
+
+    What is measured again replaces its record; so do baselines, which are those of any seed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    there = {path: content for path, content in read_folder(folder) if isinstance(content, Result)}
+    for result in results:
+        kept = Result(**public(vars(result)))
+        for path in [path for path, other in there.items() if same(kept, other)]:
+            path.unlink()
+            del there[path]
+        parts = [kept.method, kept.recipe, "" if kept.epochs is None else f"{kept.epochs:g}ep"]
+        parts += ["" if seed_of(kept) is None else f"seed{kept.seed}", data_title(kept.data)]
+        parts += readable(kept.task, kept.protocol, kept.settings, kept.layer, kept.subject)
+        name = file_name("-".join(part for part in parts if part))
+        path = folder / f"{name}-{digest([*identity(kept), *settings_of(kept)])}.json"
+        write(kept, path)
+        there[path] = kept
+
+
+def identity(result: Result) -> list[Any]:
+    """What tells a kept judgement from others, but for the settings."""
+    names = "method", "recipe", "encoder", "task", "protocol", "metric", "subject", "layer", "data"
+    named = [getattr(result, name) for name in names]
+    return [*named, result.columns, result.changed, seed_of(result)]
+
+
+def seed_of(result: Result) -> int | None:
+    return result.seed if result.subject == "encoder" else None
+
+
+def settings_of(result: Result) -> list[dict[str, Any]]:
+    """The settings of the judge and of the run."""
+    judge = {key: value for key, value in result.settings.items() if key not in FOLLOWING}
+    return [judge, {key: value for key, value in result.run.items() if key not in NO_SETTING}]
+
+
+def same(one: Result, other: Result) -> bool:
+    """Whether two records are of one judgement; a setting that either lacks did not exist then."""
+    return identity(one) == identity(other) and all(
+        others.get(key, value) == value
+        for own, others in zip(settings_of(one), settings_of(other), strict=True)
+        for key, value in own.items()
+    )
+
+
+def public(value: Any) -> Any:
+    """A value without the folders of the machine that made it: paths are cut to their last part."""
+    if isinstance(value, dict):
+        return {key: public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(public(item) for item in value)
+    if isinstance(value, str):
+        quoted = re.sub(r"'(?:~|\.{1,2})?/(?:[^']*/)?([^']*)'", r"'\1'", value)
+        return re.sub(r"(?<![\w.~])(?:~\w*|\.{1,2})?/(?:[^\s'\"]*/)?", "", quoted)
+    return value
+
+
+def read_folder(folder: Path) -> list[tuple[Path, Result | dict[str, Any]]]:
+    """The records of a folder by file: judgements, and other measurements.
+
+    A measurement, such as throughput, has a `title`, `figures` (by name, or by row and column), the
+    `command` that measures them, `device` and `commit`.
+
+    Raises:
+        UserError: one is neither.
+    """
+    records: list[tuple[Path, Result | dict[str, Any]]] = []
+    for path in sorted(folder.glob("*.json")):
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("kind") != "measurement":
+            records.append((path, read(path)))
+            continue
+        if missing := MEASUREMENT - content.keys():
+            raise UserError(f"{path}: lacks {', '.join(sorted(missing))}")
+        records.append((path, content))
+    return records
+
+
+# ---- RESULTS.md ----------------------------------------------------------------------------------
+
+
+def results_page(records: Sequence[Result | dict[str, Any]]) -> str:
+    """RESULTS.md from all records of a folder."""
+    results = named([record for record in records if isinstance(record, Result)])
+    measurements = [record for record in records if isinstance(record, dict)]
+    parts = [
+        "# Results\n",
+        "Generated by `make results` from the records in `results/`; never typed.\n",
+        INTRODUCTION,
+    ]
+    questions: dict[str, list[Line]] = {}
+    for line in results:
+        questions.setdefault(question(line.result), []).append(line)
+    for heading, lines in sorted(questions.items(), key=lambda x: (QUESTIONS.get(x[0], 1), x[0])):
+        parts.append(f"\n## {heading}\n")
+        for data in sorted({line.result.data for line in lines}):
+            parts += answer([line for line in lines if line.result.data == data])
+    if results:
+        parts += ["\n## What does it cost?\n", *costs(results)]
+    if measurements:
+        parts.append("\n## How fast beside others?")
+    for each in measurements:
+        commit = each["commit"] if len(each["commit"]) < 20 else each["commit"][:12]
+        about = f"`{each['command']}` on {each['device']}, commit {commit}."
+        heading = each["title"][:1].upper() + each["title"][1:]
+        parts += [f"\n### {heading}\n", as_markdown(figures_of(each)), wrapped(about)]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(parts)) + "\n"
+
+
+DEMO, OTHERS = "What do the demos learn?", "And other images?"
+QUESTIONS = {DEMO: 0, OTHERS: 2}  # their order; between them, how near is each published data set
+
+
+def question(result: Result) -> str:
+    if result.data == "demo":
+        return DEMO
+    data = data_set(result.data)
+    return f"How near is {NAMES.get(data, data)}?" if data else OTHERS
+
+
+def answer(every: Sequence[Line]) -> list[str]:
+    """A table of the protocols that several were judged by, a list of the others, the settings."""
+    lines, _ = one_baseline(every)
+    cells = groups(lines)
+    shared = {c for c in columns(lines) if len([key for key in cells if key[1] == c]) > 1}
+    first = lines[0].result
+    parts = [
+        wrapped(
+            f"On {data_title(first.data)}: {unit(lines)} of {first.test_images:,} test images."
+        ),
+        "",
+    ]
+    if shared:
+        parts.append(as_markdown(overview([line for line in lines if line.column in shared])))
+    alone = [
+        f"- {name}, {column}: {over_seeds(cells[name, column])}"
+        for column in columns(lines)
+        for name, of in cells
+        if of == column and column not in shared
+    ]
+    if alone:
+        parts += ["Measured in one case each:\n", *alone, ""]
+    table, remarks = beside_published(lines)
+    if len(table) > 1:
+        parts += ["Beside what was published:\n", as_markdown(table)]
+        parts += [*(listed(f"{remark}.") for remark in remarks), ""]
+    networks = dict.fromkeys(network_title(line.result.encoder) for line in lines)
+    parts += ["Settings:\n", listed(f"network: {', '.join(networks)}")]
+    for name in dict.fromkeys(line.name for line in lines if line.result.run):
+        result = next(line.result for line in lines if line.name == name)
+        changed = [k for k in result.pretraining.get("overridden", ()) if k in result.run]
+        shown = [words(k, result.run[k]) for k in changed if k not in NO_SETTING | IN_NAMES]
+        if shown and result.subject == "encoder":
+            parts.append(listed(f"{name}: {', '.join(shown)}"))
+    return [*parts, ""]
+
+
+def costs(lines: Sequence[Line]) -> list[str]:
+    """Tables of what pretraining and judging took, and the commands of the runs."""
+    table = [["run", "seeds", "pretraining", "pairs/s", "peak memory", "device", "commit"]]
+    runs: dict[str, dict[str, Result]] = {}
+    for line in lines:
+        if line.result.subject == "encoder" and line.result.pretraining:
+            runs.setdefault(line.name, {})[line.result.run_id] = line.result
+    commands = []
+    for name, seeds in runs.items():
+        spent = [result.pretraining for result in seeds.values()]
+        launch, known = spent[0]["launches"][0], {}
+        for key in ("seconds", "pairs_per_second", "peak_memory_gb"):
+            values = [each[key] for each in spent if each[key]]
+            known[key] = mean(values) if values else None
+        processes = launch.get("processes", 1)
+        device = launch["device"] + (f" x {processes}" if processes > 1 else "")
+        numbers = ", ".join(str(result.seed) for result in seeds.values())
+        row = [name, numbers, duration(known["seconds"]), number(known["pairs_per_second"])]
+        memory = f"{known['peak_memory_gb']:.1f} GB" if known["peak_memory_gb"] else ""
+        table.append([*row, memory, device, str(next(iter(seeds.values())).pretrained_at)])
+        commands.append(launch["command"])
+    parts = [
+        wrapped(
+            "The time of a pretraining is that of all its steps at their median rate, and the mean "
+            "over the seeds."
+        ),
+        "",
+        as_markdown(table),
+        "The command of each run, or of its first seed:\n",
+        "```",
+        *(command_lines(command) for command in dict.fromkeys(commands)),
+        "```\n",
+    ]
+    data = sorted({line.result.data for line in lines})
+    table = [["judging took", *(data_title(each) for each in data)]]
+    for column in columns(lines):
+        row = [column]
+        for each in data:
+            found = [x.result for x in lines if (x.column, x.result.data) == (column, each)]
+            seconds = [r.seconds for r in found if r.subject == "encoder" and r.seconds]
+            row.append(duration(mean(seconds)) if seconds else "")
+        if any(row[1:]):
+            table.append(row)
+    said = "The mean over encoders; what an earlier judgement had computed was not computed again:"
+    return [*parts, f"{said}\n", as_markdown(table)]
+
+
+def figures_of(measurement: dict[str, Any]) -> Table:
+    """The figures of a measurement as a table: two columns, or one for each name within a row."""
+    rows = measurement["figures"]
+    inner = dict.fromkeys(k for row in rows.values() if isinstance(row, dict) for k in row)
+    if not inner:
+        pairs = ([name.replace("_", " "), number(value)] for name, value in rows.items())
+        return [["", "measured"], *pairs]
+    table = [["", *inner]]
+    for name, row in rows.items():
+        cells = row if isinstance(row, dict) else {next(iter(inner)): row}
+        table.append([name, *(number(cells.get(key)) for key in inner)])
+    return table
+
+
+def number(value: float | str | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    if not seconds:
+        return ""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def listed(text: str) -> str:
+    """An item of a Markdown list."""
+    return textwrap.indent(wrapped(escaped(text)), "  ").replace("  ", "- ", 1)
+
+
+def command_lines(command: str) -> str:
+    """A command on as many lines as it needs, as a shell takes it."""
+    lines = [""]
+    for part in re.split(" (?=--)", command):  # a flag stays with its values
+        longer = f"{lines[-1]} {part}".strip()
+        lines = [*lines[:-1], longer] if len(longer) < 95 else [*lines, part]
+    return " \\\n    ".join(lines)
