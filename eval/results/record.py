@@ -253,6 +253,7 @@ def read(path: Path) -> Result:
         raise Older(f"{path}: a record of an older version; judge again: {again}")
     if isinstance(content.get("deviations"), list):  # JSON has no tuples
         content["deviations"] = tuple(map(str, content["deviations"]))
+    content = {"speed": {}} | content  # records have it since trainings are timed
     values = {each.name: content.get(each.name) for each in fields(Result)}
     wrong = [each.name for each in fields(Result) if not is_a(values[each.name], each.type)]
     if not wrong and not is_a(content["metrics"].get(content["metric"]), float):
