@@ -38,6 +38,9 @@ class RunConfig:
     log_every: int = 20  # steps between logged ones
     save_every: float = 1  # epochs between checkpoints; 0: at the end alone
     knn_every: float = 10  # epochs between measurements by the online kNN; 0: never
+    online_linear: bool = fixed(False)
+    """train a linear classifier beside, by labels, on features of view 1; the encoder does not
+    notice; its test accuracy is measured as often as the kNN, and at the end (eval/online.py)"""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)  # where to log to
 
     @property
