@@ -90,8 +90,8 @@ def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
             preprocess,
             network,
             network.projector,
-            optimizer=partial(classifier_lars, cfg),
             lr_at=partial(lr_at, cfg=cfg, count=len(images)),
+            optimizer=partial(classifier_lars, cfg),
         ),
     )
     if run_cfg.compile:

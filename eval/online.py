@@ -3,8 +3,9 @@
 At the end of each step it learns from the features h of view 1, as the step had them, and from the
 labels of the batch. None of its gradients reaches the encoder, which is the same bit for bit
 without it. BYOL's official code trains one with the optimiser and rate of the method, and its
-Imagenette figure is that classifier's. MoCo's code has none. SimCLR's has one (tf2/run.py), on both
-views and at LARS's rate; for these two we have one setting of our own, `sgd` and `cosine`.
+Imagenette figure is that classifier's. MoCo's code has none. SimCLR's has one (tf2/run.py:596-605),
+on both views and at LARS's rate. For these two the setting is ours: `sgd`, and a `cosine` from the
+rate of the method's own linear evaluation.
 
     online_linear_train    Top-1 in percent on view 1 of a logged step's batch, before the update
     online_linear          Top-1 in percent on central crops of the test images, the encoder in
@@ -47,6 +48,12 @@ def sgd(linear: nn.Linear) -> torch.optim.Optimizer:
     return torch.optim.SGD(linear.parameters(), lr=0.0, momentum=0.9)
 
 
+def cosine(run: Run, base_lr: float) -> Callable[[int], float]:
+    """Step to learning rate: `base_lr` at a batch of 256, linear in the batch, to 0 at the end."""
+    peak = base_lr * run.cfg.batch_size / 256
+    return lambda step: peak * 0.5 * (1 + math.cos(math.pi * step / run.total_steps))
+
+
 class OnlineLinear:
     """The classifier of one run; `Run` takes `state`, `measures` and `step` of it.
 
@@ -54,8 +61,8 @@ class OnlineLinear:
         pairs: the views of the run, for the labels of each step.
         preprocess: of the test images.
         model: is called with view 1, or with both; its `encoder` hands the features to `head`.
+        lr_at: the learning rate of the `step`-th update.
         optimizer: makes the optimiser.
-        lr_at: the learning rate of the `step`-th update; None: `cosine`.
 
     Raises:
         UserError: the images have no labels, or are not of the training split.
@@ -70,10 +77,10 @@ class OnlineLinear:
         preprocess: Preprocess,
         model: Any,
         head: nn.Module,
+        lr_at: Callable[[int], float],
         optimizer: Callable[[nn.Linear], torch.optim.Optimizer] = sgd,
-        lr_at: Callable[[int], float] | None = None,
     ) -> None:
-        self.run, self.pairs, self.preprocess = run, pairs, preprocess
+        self.run, self.pairs, self.preprocess, self.lr_at = run, pairs, preprocess, lr_at
         self.accelerator, self.encoder = run.accelerator, model.encoder
         self.labels, self.test = labels_and_test(run)
         self.sample = self.share(self.SAMPLE)
@@ -81,17 +88,10 @@ class OnlineLinear:
         linear = initial(self.encoder.num_features, len(self.test.classes), stream)
         self.linear = linear.to(self.accelerator.device, run.dtype)
         self.optimizer = optimizer(self.linear)
-        self.lr_at = lr_at or self.cosine
         self.features = FirstView(model, head, len(pairs.indices(0)))
         self.state = {"online_linear": self.linear, "online_linear_optimizer": self.optimizer}
         self.measures = {"online_linear": self.measure}
         self.trained = 0  # steps
-
-    def cosine(self, step: int) -> float:
-        """0.1 at a batch of 256, linear in the batch, as in SimCLR's linear evaluation (arXiv
-        2002.05709 App. B.6), to 0 at the end of the run (ours)."""
-        peak = 0.1 * self.run.cfg.batch_size / 256
-        return peak * 0.5 * (1 + math.cos(math.pi * step / self.run.total_steps))
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Learn from the features of `step`, which `model` has just been through; its metrics."""

@@ -54,7 +54,8 @@ def watched(logged_too=False):
 @pytest.mark.parametrize(
     ("method", "more"),
     [("simclr", ()), ("moco", ()), ("moco", ("--symmetric",)), ("byol", ()),
-     ("byol", ("--accumulate", 2)), ("simclr", ("--grad-cache-chunk", 8))],
+     ("byol", ("--accumulate", 2)), ("simclr", ("--grad-cache-chunk", 8)),
+     ("byol", ("--online-linear",))],
 )  # fmt: skip
 def test_no_step_waits_for_the_device_unless_it_is_logged(method, more, tmp_path):
     with watched() as waits:
