@@ -186,26 +186,27 @@ def update(
 class FirstView:
     """The (B, F) features of view 1 of a step, without gradient, as `head` gets them.
 
-    `model` is called with view 1 first, or alone. Whether its views pass in one call of `head` or
-    one after the other, the first rows that reach it are view 1's. A batch may come in K parts,
-    each of every K-th image, and a second time while gradients are computed, which is not noted.
+    `model` is called with view 1 first, or alone. Whether the views pass `head` together or one
+    after the other, the first rows are view 1's. A batch may come in K calls, each with every K-th
+    image, and once more while gradients are computed, which is passed over.
 
-    In front of the head, as the hooks of the encoder itself would be compiled with it.
+    The hook is the head's, since one of the encoder would be compiled with it.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module, batch_size: int) -> None:
-        self.batch_size, self.parts, self.awaited = batch_size, list[Tensor](), 0
+        self.batch_size, self.parts = batch_size, list[Tensor]()
+        self.awaited = 0  # rows of view 1 in the call under way that have not reached the head
         model.register_forward_pre_hook(self.begin)
         head.register_forward_pre_hook(self.catch)
 
     def begin(self, model: nn.Module, views: tuple[Tensor, ...]) -> None:
-        complete = sum(map(len, self.parts)) == self.batch_size
+        complete = sum(len(part) for part in self.parts) == self.batch_size
         self.awaited = 0 if complete else len(views[0])
 
     def catch(self, head: nn.Module, inputs: tuple[Tensor]) -> None:
         if self.awaited:  # a copy, so that no more than view 1 stays in memory
             self.parts.append(inputs[0].detach()[: self.awaited].clone())
-        self.awaited = 0
+            self.awaited = 0
 
     def take(self) -> Tensor:
         parts, self.parts = self.parts, []

@@ -79,7 +79,7 @@ def test_every_encoder_is_compiled_on_request(method, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--grad-cache-chunk", 4)])
+@pytest.mark.parametrize("more", [(), ("--grad-cache-chunk", 4, "--online-linear")])
 def test_a_compiled_run_is_the_same_run(more, tmp_path):
     run("simclr", tmp_path / "plain", *more)
     run("simclr", tmp_path / "compiled", "--compile", *more)

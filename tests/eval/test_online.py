@@ -175,6 +175,7 @@ def one(source, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(one, source, tmp_path):
     """And there, too, the encoder does not notice."""
     two, plain, log = tmp_path / "two", tmp_path / "plain", tmp_path / "log"
