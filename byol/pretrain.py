@@ -17,6 +17,7 @@ if __name__ == "__main__":  # a mistake is reported before torch is imported
     arguments = cli.run(cli.parse, "byol", Config, RECIPES, sys.argv[1:])
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +32,7 @@ from common.run import Run
 from common.views import ViewPairs
 from eval.encoder import Preprocess, export_metadata
 from eval.knn import online_knn
+from eval.online import online_linear
 
 from . import augment
 from .loss import byol_loss, chance_loss
@@ -42,7 +44,7 @@ from .model import (
     group_norm_weight_standardised,
     init_weights,
 )
-from .optim import lars, lr_at, tau_at, total_steps
+from .optim import LARS, lars, lr_at, parameter_groups, tau_at, total_steps
 
 Step = tuple[int, tuple[Tensor, Tensor]]
 
@@ -82,6 +84,15 @@ def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
         head=network.projector,
         metadata=export_metadata(name, network.encoder, preprocess, cfg.published, cfg.norm),
         measures=online_knn(run, preprocess, knn=network.encoder),
+        classifier=online_linear(
+            run,
+            pairs,
+            preprocess,
+            network,
+            network.projector,
+            lr_at=partial(lr_at, cfg=cfg, count=len(images)),
+            optimizer=partial(classifier_lars, cfg),
+        ),
     )
     if run_cfg.compile:
         network.encoder.compile()
@@ -169,6 +180,15 @@ def train_in_parts(
         mean = sum(losses) / parts
         metrics = {"loss": mean, "chance_loss": chance_loss(), "lr": lr, "tau": tau}
         end_step(step, (view1, view2), (z1, z2), **metrics)
+
+
+def classifier_lars(cfg: Config, linear: nn.Linear) -> LARS:
+    """The optimiser of `--online-linear`: that of the networks, at their rate and decay.
+
+    CODE byol_experiment.py:256-276: one loss with BYOL's own. The paper has no such classifier.
+    """
+    adaptation = cfg.optimizer == "lars"
+    return LARS(parameter_groups(linear, cfg.weight_decay, adaptation), cfg.momentum)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Checkpoints:
         The main process chooses, so that all load the same one.
 
         Raises:
-            UserError: another process cannot read it.
+            UserError: another process cannot read it, or a part is not in it.
         """
         main = self.accelerator.is_main_process
         state = self._newest() if main else None
@@ -48,6 +48,11 @@ class Checkpoints:
                 raise UserError(f"{path}: machines must share --out to go on ({error})") from error
         if state is None:
             return 0
+        if missing := self.parts.keys() - state.keys():
+            raise UserError(
+                f"{self._path(step)}: has no {', '.join(sorted(missing))}, so it is of a run with "
+                "other settings; give another --out"
+            )
         for name, part in self.parts.items():
             if isinstance(part, torch.optim.Optimizer):
                 # the settings of its groups are the config's, under the names that they have today

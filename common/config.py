@@ -29,7 +29,8 @@ class RunConfig:
     seed: int = fixed(1)  # seed of initial weights, order of the images and views
     split: str = fixed("train")  # split of the data to train on
     image_column: str | None = fixed(None)  # column of the images, where a table has several
-    label_column: str | None = fixed(None)  # column of the labels, which only the online kNN uses
+    label_column: str | None = fixed(None)
+    """column of the labels, which only the online kNN and the online linear classifier use"""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = fixed("fp32")  # precision of the networks
     compile: bool = False  # torch.compile the encoders: a minute, for 3 % on a CPU
     processes: int = 0  # refuse to start unless so many were launched; 0: any number
@@ -38,6 +39,9 @@ class RunConfig:
     log_every: int = 20  # steps between logged ones
     save_every: float = 1  # epochs between checkpoints; 0: at the end alone
     knn_every: float = 10  # epochs between measurements by the online kNN; 0: never
+    online_linear: bool = fixed(False)
+    """train a linear classifier beside, by labels, on features of view 1; the encoder does not
+    notice; its test accuracy is measured as often as the kNN, and at the end (eval/online.py)"""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)  # where to log to
 
     @property

@@ -225,6 +225,15 @@ class ImageSplit:
                     return i, image
         raise UserError(f"{self.name}: no image can be decoded")
 
+    def replaced(self, indices: Tensor) -> Tensor:
+        """(B,) which images a batch of these indices holds, once it has been decoded."""
+        if not self.bad:
+            return indices
+        places = indices.tolist()
+        while any(bad := [i in self.bad for i in places]):
+            places = [(i + b) % len(self) for i, b in zip(places, bad, strict=True)]
+        return torch.tensor(places)
+
     def into_memory(self, limit_gb: float) -> bool:
         """Decode everything once if the uint8 pixels fit into `limit_gb`; say whether they did."""
         if self.store is not None:

@@ -105,6 +105,7 @@ class Run:
         metadata: Mapping[str, Any],
         measures: Mapping[str, Callable[[], float]],
         collapse_from: int = 0,
+        classifier: Any = None,
     ) -> None:
         """Open the folder, and go on from its newest checkpoint, if there is one.
 
@@ -113,6 +114,8 @@ class Run:
             encoder, head, metadata: what is exported; see `eval/encoder.py`.
             measures: what is measured every `knn_every` epochs, by the name that it is logged as.
             collapse_from: the first step at which embeddings that are all alike are a bad sign.
+            classifier: trained beside, at the end of each step: see `OnlineLinear` of
+                eval/online.py; None: there is none.
 
         Raises:
             UserError: the folder holds a run on other images, is in use by another command or
@@ -120,6 +123,10 @@ class Run:
         """
         self.encoder, self.head, self.metadata = encoder, head, metadata
         self.measures, self.collapse_from = measures, collapse_from
+        self.classifier = classifier
+        if classifier:
+            state = {**state, **classifier.state}
+            self.measures = {**measures, **classifier.measures}
         self._record_launch()
         self.checkpoints = Checkpoints(self.folder / "checkpoints", state, self.accelerator)
         self.start_step = self.checkpoints.load()
@@ -221,6 +228,8 @@ class Run:
         """
         if step == self.start_step and self.main:
             self._log_views(step, *views)
+        if self.classifier:
+            metrics |= self.classifier.step(step)
         if self.should_log(step):
             z1, z2 = self.accelerator.gather(tuple(z.detach().contiguous() for z in embeddings))
             self._log(step, metrics | embedding_metrics(z1, z2))

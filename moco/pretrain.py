@@ -31,6 +31,7 @@ from common.run import Run
 from common.views import ViewPairs
 from eval.encoder import Preprocess, export_metadata
 from eval.knn import online_knn
+from eval.online import cosine, online_linear
 
 from . import augment
 from .loss import chance_loss, contrastive_top1, info_nce
@@ -81,6 +82,9 @@ def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
         metadata=export_metadata(name, encoder, preprocess, cfg.published),
         measures=online_knn(run, preprocess, knn=encoder, knn_output=nn.Sequential(encoder, head)),
         collapse_from=filled,
+        classifier=online_linear(  # 30: Sec. 4.1
+            run, pairs, preprocess, network.encoder_q, head, cosine(run, 30)
+        ),
     )
     if run_cfg.compile:
         encoder.compile()

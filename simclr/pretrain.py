@@ -29,6 +29,7 @@ from common.run import Run
 from common.views import ViewPairs
 from eval.encoder import Preprocess, export_metadata
 from eval.knn import online_knn
+from eval.online import cosine, online_linear
 
 from . import augment
 from .grad_cache import GradCache
@@ -69,6 +70,9 @@ def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
         head=network.head,
         metadata=export_metadata(name, network.encoder, preprocess, cfg.published),
         measures=online_knn(run, preprocess, knn=network.encoder),
+        classifier=online_linear(  # 0.1: App. B.6
+            run, pairs, preprocess, network, network.head, cosine(run, 0.1)
+        ),
     )
     if run_cfg.compile:
         network.encoder.compile()

@@ -1,7 +1,7 @@
 """Which file may import which: the arrows that let a method folder be taken away.
 
 method without pretrain.py   torch, torchvision, the standard library, siblings
-method/pretrain.py           also accelerate, common, eval.knn, eval.encoder
+method/pretrain.py           also accelerate, common, eval.encoder, eval.knn, eval.online
 eval                         common
 common                       neither a method nor eval
 """
@@ -57,7 +57,7 @@ def allowed(importer, name):
         if top == folder or top in sys.stdlib_module_names or top in LIBRARIES:
             return True
         return file == "pretrain" and (
-            top in ("accelerate", "common") or name in ("eval.knn", "eval.encoder")
+            top in ("accelerate", "common") or name in ("eval.encoder", "eval.knn", "eval.online")
         )
     return top not in METHODS and (folder == "eval" or top != "eval")
 

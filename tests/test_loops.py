@@ -54,7 +54,8 @@ def watched(logged_too=False):
 @pytest.mark.parametrize(
     ("method", "more"),
     [("simclr", ()), ("moco", ()), ("moco", ("--symmetric",)), ("byol", ()),
-     ("byol", ("--accumulate", 2)), ("simclr", ("--grad-cache-chunk", 8))],
+     ("byol", ("--accumulate", 2)), ("simclr", ("--grad-cache-chunk", 8)),
+     ("byol", ("--online-linear",))],
 )  # fmt: skip
 def test_no_step_waits_for_the_device_unless_it_is_logged(method, more, tmp_path):
     with watched() as waits:
@@ -78,7 +79,7 @@ def test_every_encoder_is_compiled_on_request(method, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--grad-cache-chunk", 4)])
+@pytest.mark.parametrize("more", [(), ("--grad-cache-chunk", 4, "--online-linear")])
 def test_a_compiled_run_is_the_same_run(more, tmp_path):
     run("simclr", tmp_path / "plain", *more)
     run("simclr", tmp_path / "compiled", "--compile", *more)

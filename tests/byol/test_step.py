@@ -1,4 +1,5 @@
-"""Five updates of the official BYOL on a small ResNet: loss, online and target after each.
+"""Five updates of the official BYOL on a small ResNet: loss, online and target after each, and the
+classifier that the official code trains beside them (`--online-linear`).
 
 The network is rebuilt here (Haiku pads as TensorFlow's "SAME" does); heads, target, loss,
 optimiser, schedules, moving average and the loop that joins them are byol's:
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import nn
 from torchvision.transforms import v2
 
 from byol.config import DEMO, Config
 from byol.model import Online, mlp
 from byol.optim import lr_at, tau_at, total_steps
+from byol.pretrain import classifier_lars
+from eval.online import FirstView, update
 from tests.byol.harness import play
 from tests.golden.det_formula import image, weight
 from tests.helpers import golden, rel, run_processes
@@ -171,13 +175,32 @@ def trajectory(rank, world, dtype):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", LOCAL_WORLD_SIZE=str(world))
     network = Online(TinyResNet())
     network.projector, network.predictor = mlp(8, 12, 6), mlp(6, 10, 6)
-    seen = {"online": [], "target": [], "momentum": []}
+    seen = {"online": [], "target": [], "momentum": [], "classifier": [], "top1": []}
+    linear = nn.Linear(8, 7, dtype=dtype)
+    linear_lars = classifier_lars(SETTINGS, linear)
+    labels = torch.tensor(golden("byol_step")["labels"]).long().chunk(world, dim=1)[rank]
+    caught = []
 
     def start(online, target):
         set_weights(online, "byol/w")
         set_weights(target, "byol/wt")
+        with torch.no_grad():
+            linear.weight.copy_(torch.tensor(weight("byol/w/classifier/w", (8, 7), "kernel")).T)
+            linear.bias.copy_(torch.tensor(weight("byol/w/classifier/b", (7,), "bias")))
+        caught.append(FirstView(online, online.projector, BATCH // world))
+
+    def train_classifier(step):
+        for group in linear_lars.param_groups:
+            group["lr"] = lr_at(step, SETTINGS, COUNT)
+        batch = caught[0].take(), labels[step]
+        seen["top1"].append(update(linear, linear_lars, *batch, Accelerator(cpu=True)).item())
 
     def observe(online, target, optimizer):
+        if seen["online"]:  # else nothing has been trained yet
+            train_classifier(len(seen["online"]) - 1)
+        slot = linear_lars.state[linear.weight].get("v", torch.zeros(1))
+        three = (linear.weight.T, linear.bias, slot)
+        seen["classifier"].append([value.detach().clone() for value in three])
         slots = {p: state["v"] for p, state in optimizer.state.items()}
         zero = torch.zeros(1)
         for key, module, value in (
@@ -245,6 +268,24 @@ def test_double_precision(runs, processes):
                 assert rel(a, b) < NORM_F64, (key, name)
                 compared += 1
     assert compared == processes * (47 + 43 + 47)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_classifier(runs, processes):
+    """Weights, bias and momentum after every update, and its Top-1 on view 1 of every batch."""
+    data, order = golden("byol_step"), official_names()
+    w, b = order.index("classifier/w"), order.index("classifier/b")
+    kinds = (("online", w), ("online", b), ("momentum", w))
+    theirs = np.stack([data[f"dev1_f64/norms_{kind}"][row] for kind, row in kinds])
+    for run in [runs[torch.float64]] if processes == 1 else runs["two processes"]:
+        ours = torch.tensor([[t.norm() for t in after] for after in run["classifier"]]).T
+        for one, other in zip(ours, theirs, strict=True):
+            assert rel(one, other) < NORM_F64
+        assert rel(run["top1"], 100 * data["dev1_f64/logs/top1_accuracy"]) < 1e-12
+        for i, name in enumerate(("online/classifier/w", "online/classifier/b")):
+            for theirs_after, moment in zip(data[f"dev1/{name}"], (0, 1, 2, 5), strict=True):
+                far = rel(run["classifier"][moment][i], theirs_after)
+                assert far < (1e-3 if moment == 5 else 1e-5), (name, moment)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

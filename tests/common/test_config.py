@@ -98,7 +98,10 @@ FREE = {
     "out": "elsewhere", "compile": True, "processes": 3, "workers": 0, "memory_gb": 9.0,
     "log_every": 1, "save_every": 0.5, "knn_every": 0.0, "trackers": ("wandb",),
 }  # fmt: skip
-FIXED = {"seed": 2, "split": "test", "image_column": "a", "label_column": "b", "precision": "bf16"}
+FIXED = {
+    "seed": 2, "split": "test", "image_column": "a", "label_column": "b", "precision": "bf16",
+    "online_linear": True,
+}  # fmt: skip
 
 
 def test_a_free_setting_may_change_and_a_fixed_one_may_not(refuse):

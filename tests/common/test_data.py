@@ -683,6 +683,8 @@ def test_memory_and_workers_give_the_same_bits(tmp_path, sizes):
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one.images, other.images) and one.images.dtype == torch.uint8
             assert torch.equal(one.sizes, other.sizes) and torch.equal(one.indices, other.indices)
+        for order, batch in zip(orders, expected, strict=True):
+            assert torch.equal(images.replaced(order), batch.indices)
 
 
 def test_mixed_sizes_stand_at_the_top_left_of_a_zero_canvas():
