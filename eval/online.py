@@ -10,7 +10,7 @@ rate of the method's own linear evaluation.
     online_linear_train    Top-1 in percent on view 1 of a logged step's batch, before the update
     online_linear          Top-1 in percent on central crops of the test images, the encoder in
                            evaluation mode: every `--knn-every` epochs on at most 2,000 of them,
-                           after the last step on all
+                           after the last step on all, which is also recorded in RUN/results/
 
 This is no linear evaluation of the finished encoder: the views are pretraining's, and the features
 move. Where the source has no test split, a fifth of the training images takes its place: the
@@ -27,13 +27,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from common.augment import send
-from common.data import ImageSplit, generator, hold_out_fifth, open_labelled, subset
+from common.config import flat
+from common.data import ImageSplit, generator, subset
 from common.encoders import evaluation_mode
 from common.errors import UserError
+from common.launch import commit
 from common.run import Run
 from common.views import ViewPairs
-from eval.encoder import Preprocess
+from eval.encoder import Encoder, Preprocess
 from eval.features import extract
+from eval.results.record import confidence, record
+from eval.splits import hold_out_fifth, open_labelled
+from eval.subjects import Subject
 
 HIDDEN = -1  # in place of a label that the classifier must not see
 
@@ -117,7 +122,29 @@ class OnlineLinear:
             logits = self.linear(features.to(self.linear.weight)).cpu()
             counts[0], counts[1] = (logits.argmax(1) == labels).sum(), len(labels)
         right, count = self.accelerator.reduce(counts.to(self.accelerator.device), "sum").tolist()
+        if finished:
+            self.record(100 * right / count, count)
         return 100 * right / count
+
+    def record(self, top1: float, count: int) -> None:
+        """Write the judgement, of `count` test images, as an evaluation does."""
+        run = self.run
+        known = {"method": run.method, "recipe": run.recipe, "commit": commit(), "finished": True}
+        encoder = Encoder(self.encoder, self.preprocess, "encoder", {**run.metadata, **known})
+        config = flat(run.cfg, run.run_cfg)
+        folder = run.folder / "results"
+        subject = Subject(
+            encoder, run.cfg.data, run.run_cfg.columns, folder, config, self.accelerator
+        )
+        record(
+            subject,
+            task="linear",
+            protocol="online",
+            metrics={"top1": top1},
+            counts=(int((self.labels != HIDDEN).sum()), count),
+            interval=confidence(top1, count),
+            settings={"batch_size": run.cfg.batch_size},
+        )
 
     def share(self, most: int) -> ImageSplit:
         """This process's share of at most `most` test images, evenly spaced."""

@@ -42,7 +42,7 @@ PLACES |= {"protocol", "metric", "out", "workers", "processes", "memory_gb", "ch
 FOLLOWING = {"lr", "epochs", "batch_size", "chosen_of", "chosen_on", "regularisation"}
 FOLLOWING |= {"validation", "features"}
 # Settings of a run that leave its result as it is: where it runs, what it logs and keeps.
-FREE = {f.name for f in fields(RunConfig) if "fixed" not in f.metadata}
+FREE = {f.name for f in fields(RunConfig) if "fixed" not in f.metadata} | {"online_linear"}
 
 
 @dataclass(frozen=True)
@@ -253,8 +253,8 @@ def read(path: Path) -> Result:
         raise Older(f"{path}: a record of an older version; judge again: {again}")
     if isinstance(content.get("deviations"), list):  # JSON has no tuples
         content["deviations"] = tuple(map(str, content["deviations"]))
-    content = {"speed": {}} | content  # records have it since trainings are timed
-    values = {each.name: content.get(each.name) for each in fields(Result)}
+    content.setdefault("speed", {})  # records have it since trainings are timed
+    values: dict[str, Any] = {each.name: content.get(each.name) for each in fields(Result)}
     wrong = [each.name for each in fields(Result) if not is_a(values[each.name], each.type)]
     if not wrong and not is_a(content["metrics"].get(content["metric"]), float):
         wrong.append("metrics")

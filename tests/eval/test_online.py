@@ -14,6 +14,7 @@ from common import encoders
 from common.run import Run
 from common.views import ViewPairs
 from eval import online
+from tests.eval.harness import record_of
 from tests.helpers import (
     METHODS,
     assert_same_run,
@@ -162,6 +163,10 @@ def test_the_encoder_does_not_notice(method, more, source, tmp_path, monkeypatch
     moved = end["online_linear_optimizer"]["state"]
     assert end["online_linear"]["weight"].shape == (3, 128) and len(moved) == 2
     assert not NEW & set().union(*rows(tmp_path / "plain"))
+    row = record_of(tmp_path / "run" / "results")
+    assert (row["task"], row["protocol"], row["method"]) == ("linear", "online", method)
+    assert row["metrics"]["top1"] == pytest.approx(found[-1]["online_linear"], abs=1e-3)
+    assert row["test_images"] == 13 and row["run"]["online_linear"]
 
 
 # ---- processes and restarts ----------------------------------------------------------------------
