@@ -481,9 +481,9 @@ def open_validation(source: str, classes: tuple[str, ...], **columns: Any) -> Im
 def subset(images: ImageSplit, keep: Tensor, what: str) -> ImageSplit:
     """The images where `keep`, (N,) bool, holds."""
     index = keep.nonzero()[:, 0]
-    assert images.labels is not None
+    labels = None if images.labels is None else images.labels[index]
     encoded = Subset(images.encoded, index.tolist())
-    return ImageSplit(f"{images.name} ({what})", encoded, images.labels[index], images.classes)
+    return ImageSplit(f"{images.name} ({what})", encoded, labels, images.classes)
 
 
 class _NoSplit(UserError):
