@@ -3,7 +3,7 @@
 import sys
 
 try:
-    import common.cli  # noqa: F401
+    from common import cli  # noqa: F401
 except ImportError as error:  # another `common` comes first on the path; the message names its file
     print(f"error: {error}; pass over the current folder: python -P -m ...", file=sys.stderr)
     sys.exit(2)
