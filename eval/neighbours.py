@@ -29,7 +29,7 @@ from torch import Tensor
 
 from common.data import ImageSplit, open_images
 from common.errors import UserError
-from common.files import atomic_write_bytes
+from common.files import atomic_write_bytes, naming
 from eval.knn import nearest, subsample
 from eval.results import subjects
 
@@ -56,7 +56,8 @@ def main(settings: Settings) -> None:
     assert images is not None
     folder = Path(s.run) if Path(s.run).is_dir() else Path()
     path = Path(s.out) if s.out else folder / "neighbours.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     draw(images, blocks, s.rows).save(buffer, "PNG")
     atomic_write_bytes(path, buffer.getvalue())
