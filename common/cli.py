@@ -41,6 +41,7 @@ def parse(
         UserError: the recipe is unknown, a value makes no sense, or the folder holds another run.
         SystemExit: status 2 with tyro's box, which names the nearest flag, for a wrong flag.
     """
+    check_eval()
     name, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("demo", argv)
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, n=1)
@@ -148,6 +149,20 @@ def check_environment(run_cfg: RunConfig, arch: str) -> None:
     ):
         if wanted:
             require(package)
+
+
+def check_eval() -> None:
+    """Refuse an `eval` of the user's own, which comes first on the path, before it is imported.
+
+    Raises:
+        UserError: with its file, and the way to pass over it.
+    """
+    found = importlib.util.find_spec("eval")
+    file = found.origin if found else None
+    if file is None or Path(file).resolve().parents[1] != Path(__file__).resolve().parents[1]:
+        where = f"found {file}, which is another eval" if file else "no such package"
+        way_out = "to pass over the current folder: python -P -m ..."
+        raise UserError(f"eval: {where}; {way_out} (under a launcher: PYTHONSAFEPATH=1)")
 
 
 def require(package: str) -> None:

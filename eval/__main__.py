@@ -4,9 +4,9 @@
     python -m eval knn RUN -- finetune RUN --weights random --epochs 20 -- compare RUN
     python -m eval knn --help                          # the settings of one evaluation
 
-`--` stands between two commands. Each is written as after `python -m eval.NAME`, where NAME is knn,
-linear, finetune, transfer or compare. All are checked before the first begins; they run in order,
-and one that fails is the last.
+`--` stands between two commands. Each is written as after `python -m eval.NAME`; without arguments
+the names are listed. All are checked before the first begins; they run in order, and one that fails
+is the last.
 """
 
 import sys
@@ -15,13 +15,14 @@ from typing import Any
 
 from common import cli
 from common.errors import UserError
-from eval.settings import KNN, Compare, Finetune, Linear, Transfer
+from eval.settings import KNN, Compare, Finetune, Linear, Neighbours, Transfer
 
 SETTINGS: dict[str, type] = {
     "knn": KNN,
     "linear": Linear,
     "finetune": Finetune,
     "transfer": Transfer,
+    "neighbours": Neighbours,
     "compare": Compare,
 }
 
@@ -31,10 +32,10 @@ def parse(words: Sequence[str]) -> list[tuple[str, Any]]:
 
     Raises:
         UserError: a command is unknown, or a value in it makes no sense; the command is named.
-        SystemExit: as `cli.parse_settings`; status 0 after `--help`.
+        SystemExit: as `cli.parse_settings`; status 0 after `--help`, or without any word.
     """
-    if list(words) in (["--help"], ["-h"]):
-        print(__doc__.strip())
+    if list(words) in ([], ["--help"], ["-h"]):
+        print(__doc__.strip() if words else overview())
         sys.exit(0)
     commands = []
     for name, *flags in split(words):
@@ -48,6 +49,17 @@ def parse(words: Sequence[str]) -> list[tuple[str, Any]]:
             raise UserError(f"{name}: {error}") from error
         commands.append((name, settings))
     return commands
+
+
+def overview() -> str:
+    """What there is: the evaluations, each in a line."""
+    lines = [
+        f"python -m eval.{name + ' RUN':<16}  {(kind.__doc__ or '').splitlines()[0]}"
+        for name, kind in SETTINGS.items()
+    ]
+    head = "Judge an encoder: RUN is a run's folder or an encoder.safetensors.\n"
+    end = "\n--help after one shows its settings; several in one process: python -m eval --help"
+    return "\n".join([head, *lines, end])
 
 
 def split(words: Sequence[str]) -> Iterator[list[str]]:
@@ -64,13 +76,14 @@ def split(words: Sequence[str]) -> Iterator[list[str]]:
 if __name__ == "__main__":  # a mistake is reported before torch is imported
     arguments = cli.run(parse, sys.argv[1:])
 
-from eval import compare, finetune, knn, linear, transfer
+from eval import compare, finetune, knn, linear, neighbours, transfer
 
 EVALUATIONS: dict[str, Callable[[Any], None]] = {
     "knn": knn.main,
     "linear": linear.main,
     "finetune": finetune.main,
     "transfer": transfer.main,
+    "neighbours": neighbours.main,
     "compare": compare.main,
 }
 

@@ -117,6 +117,28 @@ class Transfer:
 
 
 @dataclass(frozen=True)
+class Neighbours:
+    """Draw images beside their nearest neighbours; labels are not needed."""
+
+    run: Target = ""  # a run's folder or an encoder.safetensors
+    weights: str = ""  # look through these instead: random, random:NAME, torchvision:NAME[=FILE]
+    baselines: tuple[str, ...] = ()  # draw these as well: random, pixels
+    data: str = ""  # images to search; default: those of the run
+    image_column: str | None = None  # of a table with several, if not the run's
+    label_column: str | None = None  # likewise
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # of the network; fp32 has TF32 on a GPU
+    workers: int = 8  # decoding processes, where the images do not fit in memory
+    check_content: bool = False  # tell images apart by all their bytes, not by names and sizes
+    layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
+    rows: int = 10  # images, evenly spaced over the source
+    k: int = 6  # neighbours of each
+    out: str = ""  # the picture; default: neighbours.png in the run's folder
+
+    def __post_init__(self) -> None:
+        check_ranges(self, layer=(-1, math.inf), rows=(1, 100), k=(1, 50), workers=(0, 1_000))
+
+
+@dataclass(frozen=True)
 class Compare:
     """Set what was measured beside what was published."""
 

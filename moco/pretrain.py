@@ -8,7 +8,11 @@ accelerate launch --num_processes 8 -m moco.pretrain imagenet --out RUN
 import sys
 from collections.abc import Callable, Iterable
 
-from common import cli
+try:
+    from common import cli
+except ImportError as error:  # another `common` comes first on the path; the message names its file
+    print(f"error: {error}; pass over the current folder: python -P -m ...", file=sys.stderr)
+    sys.exit(2)
 from common.config import RunConfig
 
 from .config import RECIPES, Config

@@ -21,7 +21,9 @@ try:
 finally:
     print("torch" in sys.modules)
 """
-EVALUATIONS = [f"eval.{name}" for name in ("knn", "linear", "finetune", "transfer", "compare")]
+EVALUATIONS = [
+    f"eval.{name}" for name in ("knn", "linear", "finetune", "transfer", "neighbours", "compare")
+]
 
 
 def answer(status, module, *argv):

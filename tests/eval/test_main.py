@@ -43,7 +43,7 @@ def test_every_evaluation_has_its_settings(run):
         ("linear RUN --epochs -1", "linear: --epochs -1: must be a number from 0 to 1,000,000"),
         ("linear nowhere", "linear: nowhere: no such file"),
         ("transfer RUN --data nowhere", "transfer: nowhere: no such folder or file"),
-        ("lineal RUN", "lineal: not one of knn, linear, finetune, transfer, compare; see --help"),
+        ("lineal RUN", "lineal: not one of knn, linear, finetune, transfer, neighbours, compare"),
         ("", "no command: not one of knn"),
     ],
 )
@@ -69,6 +69,15 @@ def test_a_command_that_fails_is_named_and_is_the_last(run):
     with pytest.raises(UserError, match=r"^finetune: --freeze 5: the encoder has 4 stages"):
         main(parse(words))
     assert [*records(run)] == ["knn-weighted-k5-encoder"]
+
+
+def test_without_arguments_it_lists_the_evaluations(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse([])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for name, kind in SETTINGS.items():
+        assert f"python -m eval.{name} RUN " in shown and kind.__doc__ in shown
 
 
 def test_help_teaches_it(capsys):
