@@ -233,7 +233,15 @@ def file_name(title: str) -> str:
 
 
 class Older(UserError):
-    """A record of an earlier version; the message has the command that judges again."""
+    """A record of an earlier version.
+
+    Args:
+        command: that judges again.
+    """
+
+    def __init__(self, path: Path, command: str) -> None:
+        super().__init__(f"{path}: of an older version; judge again: {command}")
+        self.path, self.command = path, command
 
 
 def read(path: Path) -> Result:
@@ -250,7 +258,7 @@ def read(path: Path) -> Result:
         judged = content.get("judged")
         command = judged.get("command") if isinstance(judged, dict) else None
         again = " ".join(command.split()) if isinstance(command, str) else "its command"
-        raise Older(f"{path}: a record of an older version; judge again: {again}")
+        raise Older(path, again)
     if isinstance(content.get("deviations"), list):  # JSON has no tuples
         content["deviations"] = tuple(map(str, content["deviations"]))
     content.setdefault("speed", {})  # records have it since trainings are timed
@@ -271,23 +279,27 @@ def is_a(value: Any, kind: Any) -> bool:
 
 
 def results_of(run: Path) -> tuple[list[Result], list[str]]:
-    """Every judgement of a run, with the cost of the run, and a line for each that is too old.
+    """Every judgement of a run, with the cost of the run, and a line on those that are too old.
 
     Raises:
         UserError: there is none.
     """
-    results, older = [], []
+    results, older = [], list[Older]()
     for path in sorted((run / "results").glob("*.json")):
         try:
             results.append(read(path))
         except Older as error:
-            older.append(str(error))
+            older.append(error)
     if older and not results:
-        raise UserError(older[0])
+        raise older[0]
     if not results:
         raise UserError(f"{run}: no results yet; first: python -m eval.knn {run}")
     spent = cost(run)
-    return [dataclasses.replace(result, pretraining=spent) for result in results], older
+    lines = []
+    for command in dict.fromkeys(error.command for error in older):
+        names = ", ".join(error.path.name for error in older if error.command == command)
+        lines.append(f"{run}: of an older version: {names}; judge again and delete them: {command}")
+    return [dataclasses.replace(result, pretraining=spent) for result in results], lines
 
 
 def cost(run: Path) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def test_an_older_record_is_left_out_and_named(three, capsys):
     evaluate(eval.compare, *three)
     shown = capsys.readouterr()
     [line] = [line for line in shown.err.splitlines() if "old.json" in line]
-    assert line.startswith("left out: ") and line.endswith("judge again: python -m eval.knn runs/x")
+    assert line.startswith("left out: ") and line.endswith("them: python -m eval.knn runs/x")
     assert "BYOL demo, 39 epochs" in shown.out
 
 

@@ -119,7 +119,7 @@ def test_a_record_of_an_older_version_is_named_with_the_command_that_judges_agai
     path.write_text(json.dumps(old))
     found, older = results_of(run)
     assert len(found) == 1
-    assert older == [f"{path}: a record of an older version; judge again: {command}"]
+    assert len(older) == 1 and path.name in older[0] and older[0].endswith(command)
     (run / "results" / "000.json").unlink()
     with pytest.raises(UserError, match=f"judge again: {command}"):
         results_of(run)
