@@ -207,7 +207,7 @@ def test_settings_of_the_optimizer_of_a_run(arch, norm):
     online = Online(encoders.build(arch, image_size=32), 32, 16)
     if norm == "gn+ws":
         group_norm_weight_standardised(online)
-    cfg = replace(DEMO, weight_decay=1e-3, momentum=0.8, predictor_lr=30.0)
+    cfg = replace(IMAGENET_100, weight_decay=1e-3, momentum=0.8, predictor_lr=30.0)
     optimizer = lars(online, cfg)
     expected = [(1e-3, True, 1.0), (0.0, False, 1.0), (1e-3, True, 30.0), (0.0, False, 30.0)]
     keys = ("weight_decay", "lars_adaptation", "lr_multiplier")

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from torchvision.transforms import v2
 
-from byol.config import DEMO, Config
+from byol.config import Config
 from byol.model import Online, mlp
 from byol.optim import lr_at, tau_at, total_steps
 from byol.pretrain import classifier_lars
@@ -29,7 +29,7 @@ from tests.helpers import golden, rel, run_processes
 STEPS, BATCH, SIZE = 5, 8, 24
 COUNT = 20 * BATCH  # 20 steps in all, of which 2 warm up
 SETTINGS = replace(
-    DEMO,
+    Config(),
     batch_size=BATCH,
     epochs=1,
     warmup_epochs=0.1,
