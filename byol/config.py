@@ -13,7 +13,7 @@ from typing import Any, Literal
 class Config:
     """Pretrain BYOL (arXiv 2006.07733) on any images.
 
-    The defaults are the official ImageNet setting, 100 epochs.
+    `Config()` is the official ImageNet setting, 100 epochs; a recipe has its own defaults.
     """
 
     data: str = "ILSVRC/imagenet-1k"  # images: demo, a folder, parquet files or a Hub id (Sec. 3.3)

@@ -260,7 +260,8 @@ class Run:
         if self.main:
             self.trackers.close()
         self.accelerator.wait_for_everyone()
-        self.print(f"done: {self.folder}; next: python -m eval.knn {self.folder}")
+        following = "knn" if self.images.labels is not None else "neighbours"
+        self.print(f"done: {self.folder}; next: python -m eval.{following} {self.folder}")
         self.accelerator.end_training()
 
     # ---- what is due when ----

@@ -71,7 +71,9 @@ def main(settings: Settings) -> None:
         tables = [table for table in (overview(lines), beside) if len(table) > 1]
         remarks = [line for line in (note, *remarks, *unmatched(lines)) if line]
         heading = data_title(data)
-        print(f"\nOn {heading}, {lines[0].result.test_images:,} test images:\n")
+        counts = sorted({line.result.test_images for line in lines})
+        said = " or ".join(f"{count:,}" for count in counts)
+        print(f"\nOn {heading}, {said} test images:\n")
         print("\n\n".join(map(as_text, tables)), end="\n\n" if remarks else "\n")
         print(*(textwrap.fill(line, 100, subsequent_indent="  ") for line in remarks), sep="\n")
         suffix = "" if data == results[0].data else "-" + re.sub(r"\W", "-", heading)

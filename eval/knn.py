@@ -206,7 +206,7 @@ def judge(subject: Subject, settings: Settings) -> None:
             counts=(len(bank), len(truth)),  # without undecodable images
             interval=confidence(top1, len(truth)),
             settings=settings_of(settings, k=k, temperature=temperature, features=bank.shape[1]),
-            deviations=["on the training images, one left out at a time"] if test is None else [],
+            deviations=["each training image left out in turn"] if test is None else [],
             seconds=time.perf_counter() - start,
         )
 

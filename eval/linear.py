@@ -260,6 +260,7 @@ def judge(subject: Subject, settings: Settings) -> Result:
     training, choice, index = torch.arange(len(images)), images, torch.arange(0)
     if len(protocol.rates) > 1:
         training, choice, index = to_choose_on(images, subject.validation(), settings.seed)
+    few = protocol.batch_size > len(training)
     protocol = replace(protocol, batch_size=min(protocol.batch_size, len(training)))  # rates follow
     before = fingerprint(subject.network)
     given = settings_of(settings, epochs=protocol.epochs, batch_size=protocol.batch_size)
@@ -281,6 +282,7 @@ def judge(subject: Subject, settings: Settings) -> Result:
         interval=confidence(top1, len(found.truth)),
         settings=given | {"lr": round(found.rate, 6), "chosen_of": len(protocol.rates)},
         changed=changes,
+        deviations=[f"batches of all {len(training):,} images"] if few else [],
         seconds=unfinished.seconds(),
         speed=asdict(found.speed),
     )

@@ -5,8 +5,9 @@
     python -m eval.neighbours RUN --data SOURCE --out pictures.png
 
 Labels are not needed. Where there are some, a neighbour of the image's own class is framed green
-and any other red, and the share of the green ones over all images is printed. Neighbours have the
-highest cosine similarity of the representation; they are sought among the other training images.
+and any other red, and the share of the green ones over the images searched is printed. Neighbours
+have the highest cosine similarity of the representation; they are sought among the other training
+images, at most 2,000 of them.
 """
 
 import sys
@@ -47,7 +48,8 @@ def main(settings: Settings) -> None:
             of_run = subject.source == subject.config.get("data")
             split = subject.config.get("split", "train") if of_run else "train"
             chosen: dict[str, Any] = subject.columns
-            images = subsample(open_images(subject.source, split, **chosen), MOST)
+            whole = open_images(subject.source, split, **chosen)
+            images, total = subsample(whole, MOST), len(whole)
         features, index = subject.features(images)
         if len(index) < 2:
             raise UserError(f"{images.name}: one image; neighbours need two or more")
@@ -70,7 +72,8 @@ def main(settings: Settings) -> None:
                 f"{name:<8}  {own:.1f} % of an image's {near.shape[1]} nearest are of its class "
                 f"(at random: {chance:.1f} %)"
             )
-    print(f"{path}: nearest neighbours among {len(blocks[0][1]):,} images of {images.name}")
+    searched = f"{len(blocks[0][1]):,} of {total:,} images, evenly spaced"
+    print(f"{path}: nearest neighbours among {searched}")
 
 
 def classes_of(images: ImageSplit) -> Tensor | None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 class Config:
     """Pretrain MoCo v1 or v2 (arXiv 1911.05722, 2003.04297) on any images.
 
-    The defaults are v1's ImageNet setting, 200 epochs.
+    `Config()` is v1's ImageNet setting, 200 epochs; a recipe has its own defaults.
     """
 
     data: str = "ILSVRC/imagenet-1k"  # images: demo, a folder, parquet files or a Hub id (Sec. 4)

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable
 
 try:
     from common import cli
-except ImportError as error:  # another `common` comes first on the path; the message names its file
-    print(f"error: {error}; pass over the current folder: python -P -m ...", file=sys.stderr)
+except ImportError as error:  # another `common` comes first on the path, or nothing is installed
+    way_out = "python -P -m ... passes over the current folder"
+    way_out = way_out if error.name == "common" else "activate .venv, or pip install -e ."
+    print(f"error: {error}; {way_out}", file=sys.stderr)
     sys.exit(2)
 from common.config import RunConfig
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 class Config:
     """Pretrain SimCLR (arXiv 2002.05709) on any images.
 
-    The defaults are the paper's ImageNet setting, 100 epochs.
+    `Config()` is the paper's ImageNet setting, 100 epochs; a recipe has its own defaults.
     """
 
     data: str = "ILSVRC/imagenet-1k"  # images: demo, a folder, parquet files or a Hub id (App. B)

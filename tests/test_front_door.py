@@ -64,7 +64,8 @@ def test_a_wrong_name_is_seen():
 
 def test_exported_weights_go_into_torchvision_and_other_networks_do_not(tmp_path):
     """docs/encoders.md's block, here with the smaller ResNet-18."""
-    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/encoders.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/encoders.md").read_text(), re.DOTALL)
+    block, features = blocks
     block = block.replace("resnet50", "resnet18").replace("RUN", str(tmp_path))
     assert str(tmp_path / "encoder.safetensors") in block
     for name, norm in (("resnet18", "bn"), ("resnet18", "gn+ws"), ("resnet18-cifar", "bn")):
@@ -75,6 +76,9 @@ def test_exported_weights_go_into_torchvision_and_other_networks_do_not(tmp_path
             exec(block, found)
             images = torch.rand(2, 3, 32, 32)
             assert torch.equal(found["model"].eval()(images), network(images))
+            features = features.replace("RUN", str(tmp_path)).replace("path/to/images", "demo")
+            exec(features.replace('open_images("demo")', 'open_images("demo", "test")'), found)
+            assert found["features"].shape == (2000, 512) and len(found["index"]) == 2000
         else:
             with pytest.raises(RuntimeError):
                 exec(block, found)

@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from common.data import SPLITS
 from common.encoders import CIFAR
 from eval.results.published import DATA, PUBLISHED, SOURCES, Published, data_set
 from eval.results.record import (
     FOLLOWING,
     FREE,
     METHODS,
-    NOT_CLIPPED,
     PROTOCOLS,
     Result,
     changed_words,
@@ -76,9 +76,8 @@ def title(result: Result) -> str:
 
 
 def column_title(result: Result) -> str:
-    """The protocol in words, with what was changed in it."""
-    old = [NOT_CLIPPED] if NOT_CLIPPED in result.deviations else []
-    return ", ".join([protocol_title(result), *changed_words(result), *old])
+    """The protocol in words, with what was changed in it and how else it departs from it."""
+    return ", ".join([protocol_title(result), *changed_words(result), *result.deviations])
 
 
 def setting_of(result: Result) -> dict[str, Any]:
@@ -165,7 +164,9 @@ def one_baseline(lines: Sequence[Line]) -> tuple[list[Line], str]:
 def data_title(source: str) -> str:
     """A source without the folders that contain it: `../data/cifar10-jpeg` is cifar10-jpeg."""
     on_the_hub = source.count("/") == 1 and not source.startswith((".", "/", "~"))
-    return source if on_the_hub else Path(source).name
+    path = Path(source)
+    is_split = any(path.name.lower() in names for names in SPLITS.values())  # clothing/train
+    return source if on_the_hub else "/".join(path.parts[-2:]) if is_split else path.name
 
 
 def network_title(encoder: str | None) -> str:
@@ -188,7 +189,6 @@ def comparable(result: Result, published: Published) -> bool:
     asked = {"layer": 0} | published.settings
     return (
         result.subject == "encoder"
-        and NOT_CLIPPED not in result.deviations
         and published.recipe.split()[0] == result.method
         and (published.task, published.protocol) == (result.task, result.protocol)
         and published.metric == result.metric

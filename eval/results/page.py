@@ -35,9 +35,7 @@ have their mean, standard deviation and values. kNN (k 20) is the vote of the 20
 images by the similarity of their features; a linear classifier is trained on features that stay as
 they are; fine-tuning trains the whole network with labels. A random encoder is the same network
 untrained, and raw pixels have none; the methods prepare images in their own ways, and of these
-baselines the best is shown. The supervised baseline learned from all labels. What is marked "views
-not clipped" was trained on crops whose bicubic overshoot was left in, and compares with nothing
-else."""
+baselines the best is shown. The supervised baseline learned from all labels."""
 IN_NAMES = {"data", "epochs"}  # settings that every name or heading has
 NAMES = {"cifar10": "CIFAR-10", "imagenet": "ImageNet", "imagenette": "Imagenette"}
 MEASUREMENT = {"title", "figures", "command", "device", "commit"}

@@ -22,7 +22,6 @@ from common.launch import provenance
 from eval.subjects import Subject, config_of
 
 VERSION = 2
-NOT_CLIPPED = "views not clipped"  # of older trainings, which compare with nothing else
 METRICS = {"top1": "Top-1", "mean_per_class": "mean per class", "map11": "11-point mAP"}
 METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 PROTOCOLS = {
@@ -152,7 +151,7 @@ def record(
         subject.folder.mkdir(exist_ok=True)
         name = record_name(subject, task, protocol, settings, changed)
         write(result, subject.folder / f"{name}.json")
-    judgement = ", ".join([protocol_title(result), *changed_words(result)])
+    judgement = ", ".join([protocol_title(result), *changed_words(result), *result.deviations])
     figure = f"{metric_title(metric)} {measured(result)}  on {subject.source}"
     print(f"{result.subject:<8}  {judgement}: {figure}", flush=True)
     return result
@@ -293,7 +292,8 @@ def results_of(run: Path) -> tuple[list[Result], list[str]]:
     if older and not results:
         raise older[0]
     if not results:
-        raise UserError(f"{run}: no results yet; first: python -m eval.knn {run}")
+        look = f"(where images have no labels: python -m eval.neighbours {run})"
+        raise UserError(f"{run}: no results yet; first: python -m eval.knn {run} {look}")
     spent = cost(run)
     lines = []
     for command in dict.fromkeys(error.command for error in older):

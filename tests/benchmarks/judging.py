@@ -106,6 +106,7 @@ def main(s: Settings) -> None:
     cores = os.cpu_count() or 1
     hours = {n: EPOCHS * IMAGENET / (hand / cores * n) / 3600 for n in (16, 96)}
     record = {
+        "kind": "measurement",
         "title": f"input of linear evaluation, {s.size} px, {s.workers} workers",
         "figures": {
             "decoding alone, images/s": round(decode),
@@ -116,7 +117,8 @@ def main(s: Settings) -> None:
             "ImageNet, 90 epochs, 16 cores decode (extrapolated), hours": round(hours[16], 1),
             "ImageNet, 90 epochs, 96 cores decode (extrapolated), hours": round(hours[96], 1),
         },
-        **{key: provenance(1)[key] for key in ("command", "device", "commit")},
+        "command": f"python tests/benchmarks/judging.py --data {Path(s.data).name}",
+        **{key: provenance(1)[key] for key in ("device", "commit")},
     }
     print(json.dumps(record, indent=1))
     if s.record:

@@ -21,7 +21,7 @@ from common import cli
 from common.encoders import CIFAR
 from common.errors import UserError
 from eval.results.page import read_folder
-from eval.results.record import NOT_CLIPPED, Result
+from eval.results.record import Result
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,6 @@ def is_there(results: list[Result], job: Job, task: str, protocol: str, layer: i
         and (r.task, r.protocol, r.layer) == (task, protocol, layer)
         and r.subject == ("random" if job.supervised else "encoder")
         and r.settings.get("k", 200) == 200
-        and NOT_CLIPPED not in r.deviations
         and (r.encoder or "").removesuffix(CIFAR) == job.arch
         for r in results
     )

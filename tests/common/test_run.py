@@ -163,7 +163,7 @@ def test_a_run_from_beginning_to_end(open_run, capsys):
     assert timings[0].keys() == {"step", "pairs_per_second", "data_wait", "peak_memory_gb"}
     names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
     assert names == ["step-00000015.pt", "step-00000020.pt"]
-    assert f"done: {run.folder}; next: python -m eval.knn" in capsys.readouterr().err
+    assert f"done: {run.folder}; next: python -m eval.neighbours" in capsys.readouterr().err
 
 
 def test_going_on_truncates_the_logs_to_the_checkpoint(open_run, capsys):

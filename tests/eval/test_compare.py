@@ -266,7 +266,6 @@ def test_batch_network_stem_and_copies_are_said(tmp_path):
         (OUTPUT, "simclr", "moco-cifar10-asym-200"),
         (OUTPUT | {"subject": "random"}, "moco", "moco-cifar10-asym-200"),
         (OUTPUT | {"metric": "map11"}, "moco", "moco-cifar10-asym-200"),
-        (OUTPUT | {"deviations": ("views not clipped",)}, "moco", "moco-cifar10-asym-200"),
         (SUPERVISED, "byol", "byol-r50-finetune-100"),
     ],
 )

@@ -31,7 +31,7 @@ def test_a_neighbour_of_the_own_class_is_green(tmp_path, capsys):
     assert frames(run / "neighbours.png", 5, 4) == [[green] * 4] * 5
     said = capsys.readouterr().out
     assert "pixels    100.0 % of an image's 4 nearest are of its class (at random: 31.0 %)" in said
-    assert "among 30 images" in said
+    assert "among 30 of 30 images" in said
 
     train = tmp_path / "source" / "train"
     for i, path in enumerate(sorted(train.rglob("*.png"))):  # every image alone in its class
@@ -57,7 +57,7 @@ def test_images_without_labels_have_no_frames(tmp_path, capsys):
     assert frames(run / "neighbours.png", 4, 3) == [[(255, 255, 255)] * 3] * 4
     assert picture.size == (STEP + GAP + 3 * STEP + GAP, HEAD + 4 * STEP)
     said = capsys.readouterr().out
-    assert "of its class" not in said and "among 4 images" in said
+    assert "of its class" not in said and "among 4 of 5 images" in said
 
 
 def test_shares_by_hand():

@@ -91,7 +91,7 @@ def test_a_source_without_a_test_split_is_a_deviation(run, command):
     [row] = [
         row for row in results_of(run)[0] if row.settings.get("k") == 3 and row.test_images == 30
     ]
-    assert row.deviations == ("on the training images, one left out at a time",)
+    assert row.deviations == ("each training image left out in turn",)
 
 
 def test_settings_are_all_that_the_judge_was_told():
