@@ -52,8 +52,9 @@ def main(settings: Settings) -> None:
     if not settings.runs:
         raise UserError("say which runs to compare, or --results FOLDER")
     results = []
-    for run in settings.runs:
-        found, older = results_of(Path(run))
+    folders = {Path(run).resolve(): Path(run) for run in settings.runs}  # each one once
+    for run in folders.values():
+        found, older = results_of(run)
         results += found
         for line in older:
             print(f"left out: {line}", file=sys.stderr)

@@ -92,6 +92,8 @@ def load(target: str, weights: str = "", layer: int = 0) -> Encoder:
         UserError: there is no such run or file, it is not an exported encoder, or its head has no
             such layer.
     """
+    if layer and weights:
+        raise UserError(f"--layer {layer}: --weights {weights} has no head")
     if weights.startswith(("random:", "torchvision:")):
         return by_name(weights)
     if not target:
@@ -225,7 +227,7 @@ def by_name(weights: str) -> Encoder:
             network.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
         except (AttributeError, RuntimeError) as error:
             raise UserError(f"--weights {weights}: not a state dict of {name}") from error
-    return Encoder(network.eval(), preprocess, f"{kind}:{name}", metadata)
+    return Encoder(network.eval(), preprocess, weights, metadata)
 
 
 def build(metadata: dict[str, Any], preprocess: Preprocess) -> nn.Module:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
@@ -63,6 +64,7 @@ def encode(
     precision: str = "fp32",
     workers: int = 2,
     memory_gb: float = 4.0,
+    dtype: torch.dtype | None = None,
     batch_size: int = 256,
     accelerator: Accelerator | None = None,
     progress: bool = True,
@@ -70,18 +72,19 @@ def encode(
     """(N, F) outputs and the (N,) indices of their images in the split, on the CPU.
 
     The network must be in evaluation mode. Undecodable images are left out. The outputs are
-    float32, and float64 where the network is.
+    float32, and float64 where the views are.
 
     Args:
         index: the images; default: all.
         precision: "bf16" is by autocast.
+        dtype: of the views; default: the network's.
         batch_size: of one process.
         accelerator: the processes that share the work, each of which gets all features.
     """
     assert not network.training
     images.into_memory(memory_gb)
     index = torch.arange(len(images)) if index is None else index
-    dtype = next((p.dtype for p in network.parameters()), torch.float32)
+    dtype = dtype or next((p.dtype for p in network.parameters()), torch.float32)
     rank, processes = place(accelerator)
     parts = index.split(batch_size * processes)
     shares = [part[share(len(part), rank, processes)] for part in parts]
@@ -133,17 +136,38 @@ def cached(
     path, found = folder / f"{key}.safetensors", None
     if path.exists():
         try:
-            found = load_file(path)
+            found = load_checked(path)
         except Exception as error:  # cut short or damaged; computed again
             print(f"{path}: cannot be read ({type(error).__name__})", file=sys.stderr)
     if all_agree(found is not None, accelerator) and found:
-        return found["features"], found["index"]
+        return found
     features, index = compute()
     if place(accelerator)[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as aside:
-            save_file({"features": features.contiguous(), "index": index.contiguous()}, aside)
+            tensors = {"features": features.contiguous(), "index": index.contiguous()}
+            save_file(tensors, aside, metadata={"sha256": sha256_of(*tensors.values())})
     return features, index
+
+
+def load_checked(path: Path) -> tuple[Tensor, Tensor]:
+    """The features and indices in a file of the cache.
+
+    Raises:
+        Exception: of any kind, if it is damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        features, index = file.get_tensor("features"), file.get_tensor("index")
+        if file.metadata()["sha256"] != sha256_of(features, index):
+            raise ValueError("other bytes than were written")
+    return features, index
+
+
+def sha256_of(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def digest_of(network: nn.Module, preprocess: Preprocess, images: ImageSplit, **how: bool) -> str:

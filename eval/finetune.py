@@ -147,6 +147,8 @@ def choose(images: ImageSplit, fraction: float, subset: str, seed: int) -> Tenso
         indices = by_name(images, {len(Path(name).parts) for name in names})
         if missing := sorted(names - indices.keys()):
             raise UserError(f"--subset {subset}: {len(missing)} not there, e.g. {missing[0]}")
+        if not names:
+            raise UserError(f"--subset {subset}: names no image")
         for name in sorted(names):
             if len(indices[name]) > 1:
                 raise UserError(
@@ -404,7 +406,7 @@ def judge(subject: Subject, settings: Settings) -> Result:
     changes = changed(settings, "epochs", "base_lr", "batch_size", "weight_decay", "freeze")
     name = record_name(subject, "finetune", protocol.name, given, changes)
     here = replace(settings, run="", data="", workers=0)  # without what makes no difference
-    key = f"{subject.digest(images)} {drawn} {protocol} {here}"
+    key = f"{subject.digest(train_images)} {subject.digest(choice)} {protocol} {here}"
     unfinished = Unfinished(subject.folder, name, key, subject.accelerator)
     model, chosen, speed = best_of(subject, train_images, choice, protocol, settings, unfinished)
     outputs, truth = predictions(subject, model, test)

@@ -84,7 +84,8 @@ def nearest(
     """
     k, device = min(k, len(bank) - exclude_self), device or queries.device
     results = []
-    for start, part in zip(range(0, len(queries), chunk), queries.split(chunk), strict=True):
+    for i, part in enumerate(queries.split(chunk)):
+        start = i * chunk
         part = F.normalize(part.to(device), dim=1)
         best = (
             part.new_empty(len(part), 0),

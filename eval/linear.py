@@ -33,7 +33,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.data import ImageSplit, generator
+from common.data import ImageSplit, among, generator, subset
 from eval.identity import fingerprint
 from eval.knn import accuracy
 from eval.processes import place
@@ -138,9 +138,10 @@ class Probe(nn.Module):
         self.weights = nn.ParameterList(weight.clone() for _ in protocol.rates)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, F) to the logits (B, R, C)."""
-        joined = torch.cat(list(self.weights), dim=1)  # one product in place of R
-        logits = torch.addmm(joined[-1], features, joined[:-1])
+        """(B, F) to the logits (B, R, C), in the precision of the weights: bfloat16 would tie."""
+        with torch.autocast(features.device.type, enabled=False):
+            joined = torch.cat(list(self.weights), dim=1)  # one product in place of R
+            logits = torch.addmm(joined[-1], features.to(joined.dtype), joined[:-1])
         return logits.unflatten(1, (len(self.weights), -1))
 
 
@@ -210,18 +211,19 @@ def train_and_test(
     """
     images, test = subject.splits()
     accelerator, network, seed = subject.accelerator, subject.network, settings.seed
-    dtype = torch.float64 if subject.precision == "fp64" else torch.float32
-    order = Order(training, protocol.batch_size, protocol.epochs, seed, protocol.partial)
-    if protocol.augment:
+    count = torch.arange(len(training))
+    order = Order(count, protocol.batch_size, protocol.epochs, seed, protocol.partial)
+    if protocol.augment:  # a part of its own, or a held-out image might replace a damaged one
         frozen, width = network, int(network.num_features)  # type: ignore[arg-type]
-        inputs: Any = subject.crops(images, order, "linear")
+        learned = subset(images, among(training, len(images)), "to train on")
+        inputs: Any = subject.crops(learned, order, "linear")
     else:
         frozen, rows = None, Standardised(subject)
         bank, labels = rows(images, training)
         size = min(protocol.batch_size, len(bank))  # undecodable images are left out
         order = replace(order, index=torch.arange(len(bank)), batch_size=size, part=size)
         inputs, width = partial(in_memory, bank, labels, order, accelerator), bank.shape[1]
-    probe = Probe(width, len(images.classes), protocol, seed).to(subject.device, dtype)
+    probe = Probe(width, len(images.classes), protocol, seed).to(subject.device, subject.dtype)
 
     def logits(images: ImageSplit, index: Tensor) -> tuple[Tensor, Tensor]:
         """(N, R, C) of the images at `index` that can be decoded, and their (N,) labels."""
@@ -266,7 +268,9 @@ def judge(subject: Subject, settings: Settings) -> Result:
     given = settings_of(settings, epochs=protocol.epochs, batch_size=protocol.batch_size)
     changes = changed(settings, "epochs", "batch_size")
     name = record_name(subject, "linear", protocol.name, given, changes)
-    key = f"{subject.digest(images)} {protocol} {settings.seed} {settings.precision}"
+    parts = (images, subset(choice, among(index, len(choice)), "")) if len(index) else (images,)
+    known = [subject.digest(part) for part in parts]
+    key = f"{known} {protocol} {settings.seed} {settings.precision}"
     unfinished = Unfinished(subject.folder, name, key, subject.accelerator)
     found = train_and_test(subject, protocol, training, (choice, index), settings, unfinished)
     if fingerprint(subject.network) != before:

@@ -58,6 +58,11 @@ class Subject:
     def device(self) -> torch.device:
         return self.accelerator.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of views and features."""
+        return torch.float64 if self.precision == "fp64" else torch.float32
+
     def labelled(self) -> tuple[ImageSplit, ImageSplit | None]:
         """The labelled training split of the source and its test split, if it has one."""
         if "labelled" not in self.opened:
@@ -100,6 +105,7 @@ class Subject:
             self.device,
             index=index,
             precision=self.precision,
+            dtype=self.dtype,
             workers=self.workers,
             accelerator=self.accelerator,
         )
@@ -114,7 +120,7 @@ class Subject:
             name,
             place(self.accelerator),
             self.device,
-            torch.float64 if self.precision == "fp64" else torch.float32,
+            self.dtype,
             self.workers,
         )
 

@@ -198,10 +198,11 @@ def judge(subject: Subject, settings: Settings) -> Result:
     name = record_name(subject, "transfer", "logistic", given)
     preprocess = replace(subject.encoder.input, crop=1.0, interpolation="bicubic")
     here = replace(settings, run="", data=(), workers=0)  # without what makes no difference
-    key = f"{subject.digest(train, preprocess)} {here}"
+    validation = subject.validation()
+    parts = (train, test) if validation is None else (train, test, validation)
+    key = f"{[subject.digest(part, preprocess) for part in parts]} {here}"
     unfinished = Unfinished(subject.folder, name, key, subject.accelerator)
     (bank, labels), (queries, truth) = (subject.extract(part, preprocess) for part in (train, test))
-    validation = subject.validation()
     if validation is None:
         held_out = hold_out(len(bank), settings.seed)
         order = torch.cat([torch.arange(len(bank))[~among(held_out, len(bank))], held_out])

@@ -77,7 +77,9 @@ def title(result: Result) -> str:
 
 def column_title(result: Result) -> str:
     """The protocol in words, with what was changed in it and how else it departs from it."""
-    return ", ".join([protocol_title(result), *changed_words(result), *result.deviations])
+    seed = result.settings.get("seed", 1)  # the judge's own, which is not the run's
+    others = [f"judged with seed {seed}"] if seed != 1 else []
+    return ", ".join([protocol_title(result), *changed_words(result), *result.deviations, *others])
 
 
 def setting_of(result: Result) -> dict[str, Any]:

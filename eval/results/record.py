@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -196,7 +197,9 @@ def record_name(
     if of_run:  # a run's own columns are not told
         columns = {k: v for k, v in columns.items() if v != subject.config.get(k)}
     given = {k: v for k, v in settings.items() if v and k not in FOLLOWING}
-    judgement = [task, protocol, encoder.name, encoder.layer, subject.source, columns]
+    where = "" if of_run else subject.source
+    where = os.path.realpath(where) if os.path.exists(where) else where  # a folder of that name
+    judgement = [task, protocol, encoder.name, encoder.layer, where, columns]
     return f"{file_name('-'.join(parts))}-{digest([*judgement, given, changed or {}])}"
 
 

@@ -164,10 +164,15 @@ def test_torchvisions_weights_from_a_file(tmp_path):
     path = tmp_path / "resnet18.pth"
     torch.save(theirs.state_dict(), path)
     ours = load("", f"torchvision:resnet18={path}")
-    assert ours.name == "torchvision:resnet18" and torch.equal(
+    assert ours.name == f"torchvision:resnet18={path}" and torch.equal(
         ours.network.conv1.weight, theirs.conv1.weight
     )
     with pytest.raises(UserError, match="not a state dict of resnet34"):
         load("", f"torchvision:resnet34={path}")
     with pytest.raises(UserError, match="cannot be read"):
         load("", f"torchvision:resnet18={tmp_path / 'none.pth'}")
+
+
+def test_a_layer_of_weights_without_a_head_is_refused():
+    with pytest.raises(UserError, match="--layer 2: --weights random:resnet18 has no head"):
+        load("", "random:resnet18", 2)

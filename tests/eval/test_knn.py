@@ -155,6 +155,12 @@ def test_only_images_that_are_judged_are_counted(tmp_path, left_out):
     assert row["interval"] == confidence(100.0, row["test_images"])
 
 
+def test_a_process_without_queries():
+    bank = torch.randn(5, 3)
+    found = nearest(bank[:0], bank, 2)
+    assert [rows.shape for rows in found] == [(0, 2), (0, 2)]
+
+
 def test_a_subsample_keeps_images_and_labels_together():
     whole = coloured(100)
     part = subsample(whole, 30)

@@ -231,6 +231,46 @@ def test_views_of_workers_are_those_of_memory_but_for_rounding(interpolation, le
             assert (views - theirs).abs().mean() < 0.5 / 255 / 0.2
 
 
+def test_a_held_out_image_does_not_replace_a_damaged_one(tmp_path, monkeypatch):
+    """Image 0 cannot be decoded, and image 1, which would take its place, is held out."""
+    subject = subject_of(tmp_path, method="byol", counts=(24, 6))
+    images = subject.splits()[0]
+    images.encoded, images.store = ["nowhere.png", *images.encoded[1:]], None
+    seed = next(s for s in range(999) if 1 in to_choose_on(images, None, s)[2].tolist())
+    _, _, held_out = to_choose_on(images, None, seed)
+    seen = []
+    train = training.train
+
+    def watched(probe, optimizer, inputs, *args, **kwargs):
+        pixels = inputs.images
+        seen.extend(pixels.encoded[i] for i in range(len(pixels)))
+        return train(probe, optimizer, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(linear, "train", watched)
+    linear.judge(subject, Settings(epochs=1, batch_size=8, seed=seed))
+    assert len(seen) == 24 - len(held_out)
+    assert not any(one is images.encoded[i] for one in seen for i in held_out.tolist())
+
+
+@pytest.mark.parametrize("change", ["validation", "seed"])
+def test_other_images_to_choose_on_are_another_judgement(tmp_path, monkeypatch, change):
+    keys = []
+
+    class Recorded(Unfinished):
+        def __init__(self, folder, name, key, accelerator):
+            keys.append(key)
+            super().__init__(None, name, key, accelerator)
+
+    monkeypatch.setattr(linear, "Unfinished", Recorded)
+    for i in range(2):
+        subject = subject_of(tmp_path, method="byol", counts=(40, 6))
+        if change == "validation" and i:
+            subject.opened["validation"] = coloured(12)
+        seed = i + 1 if change == "seed" else 1
+        linear.judge(subject, Settings(epochs=1, batch_size=8, seed=seed))
+    assert keys[0] != keys[1]
+
+
 # ---- a whole judgement ---------------------------------------------------------------------------
 
 

@@ -62,6 +62,7 @@ def record_of(run):
     (path,) = (run / "results").iterdir()
     row = read_json(path)
     assert row.pop("judged")["processes"]
+    del row["run"]["out"]
     return {key: value for key, value in row.items() if key not in ("seconds", "speed")}
 
 

@@ -144,17 +144,19 @@ def test_features_are_computed_once(run, command, monkeypatch, capsys):
 
     damaged = next(cache.iterdir())
     whole = damaged.read_bytes()
-    damaged.write_bytes(whole[:-5])
-    evaluate(eval.knn, run, "--k", "3")
-    assert f"{damaged}: cannot be read" in capsys.readouterr().err
-    assert len(calls) == 3 and damaged.read_bytes() == whole
+    middle = len(whole) // 2
+    for i, cut in enumerate((whole[:-5], whole[:middle] + b"\xff" * 8 + whole[middle + 8 :])):
+        damaged.write_bytes(cut)
+        evaluate(eval.knn, run, "--k", "3")
+        assert f"{damaged}: cannot be read" in capsys.readouterr().err
+        assert len(calls) == 3 + i and damaged.read_bytes() == whole
 
     source = run.parent / "source"
     changed = source / "test" / "a" / "00.png"
     original = changed.read_bytes()
     Image.new("RGB", (16, 16), (200, 9, 9)).save(changed)
     command(eval.knn, run, "--k", "3")
-    assert len(calls) == 4 and "test" in calls[-1]  # the training images are as they were
+    assert len(calls) == 5 and "test" in calls[-1]  # the training images are as they were
     changed.write_bytes(original)
 
 
