@@ -51,7 +51,8 @@ def explain(error: BaseException) -> str | None:
             "out of memory; to pretrain, try a smaller --batch-size or --precision bf16, in "
             "another --out"
         )
-    if words.startswith(LOST_WORKER):
+    reset = isinstance(error, ConnectionResetError)  # it was just handing over a batch
+    if words.startswith(LOST_WORKER) or reset:
         return (
             "a decoding worker was killed, usually for want of memory; to pretrain, fewer "
             f"--workers take less; {AGAIN}"

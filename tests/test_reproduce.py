@@ -109,7 +109,9 @@ def judgements(run):
     """{file: record} without times, commands and commits."""
     found = {path.name: json.loads(path.read_text()) for path in (run / "results").glob("*.json")}
     for record in found.values():
-        del record["seconds"], record["judged"], record["pretrained_at"], record["run"]["out"]
+        for name in ("seconds", "speed", "judged", "pretrained_at"):
+            del record[name]
+        del record["run"]["out"]
     return found
 
 
