@@ -201,7 +201,7 @@ def test_a_column_for_each_way_to_judge(tmp_path):
     assert columns(lines(run)) == [
         "kNN (k 20), temperature 0.07",
         "kNN (k 20), temperature 0.1",
-        "fine-tuned, 1 % of labels (SimCLR's protocol)",
+        "fine-tuned, 1 % of labels (SimCLR's protocol), judged with seed 2",
         full,
         f"{full}, 3 epochs, base lr 0.5",
         f"{full}, 3 epochs, base lr 0.5, views not clipped",
