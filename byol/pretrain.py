@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable
 try:
     from common import cli
 except ImportError as error:  # another `common` comes first on the path, or nothing is installed
-    way_out = "python -P -m ... passes over the current folder"
-    way_out = way_out if error.name == "common" else "activate .venv, or pip install -e ."
+    way_out = "activate .venv, or pass over the current folder: python -P -m ..."
     print(f"error: {error}; {way_out}", file=sys.stderr)
     sys.exit(2)
 from common.config import RunConfig

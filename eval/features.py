@@ -22,6 +22,9 @@ from eval.identity import fingerprint, identity_of
 from eval.processes import all_agree, gather, place, share
 
 
+MEMORY_GB = 4.0  # decode once and keep the pixels if they need less than this
+
+
 def prepare(
     batch: Batch,
     preprocess: Preprocess,
@@ -63,7 +66,7 @@ def encode(
     index: Tensor | None = None,
     precision: str = "fp32",
     workers: int = 2,
-    memory_gb: float = 4.0,
+    memory_gb: float = MEMORY_GB,
     dtype: torch.dtype | None = None,
     batch_size: int = 256,
     accelerator: Accelerator | None = None,

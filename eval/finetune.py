@@ -309,10 +309,7 @@ def fine_tune(
     (rate,), (epochs,) = protocol.rates, protocol.epochs
     model = initial(subject.encoder, len(images.classes), protocol, settings)
     size = min(protocol.batch_size, len(images))
-    order, peak = (
-        Order(torch.arange(len(images)), size, epochs, settings.seed),
-        protocol.peak(rate, size),
-    )
+    order, peak = Order(len(images), size, epochs, settings.seed), protocol.peak(rate, size)
     optimizer = optimizer_of(model, protocol, settings.weight_decay)
     speed = train(
         model,
@@ -400,8 +397,7 @@ def judge(subject: Subject, settings: Settings) -> Result:
     train_images = subset(images, training, f"{percent:g} % of the labels")
     size = batch_of(protocol, settings, len(train_images), subject.encoder.input.size)
     protocol = replace(protocol, batch_size=size)
-    drawn = hashlib.sha256(selected.numpy().tobytes()).hexdigest()
-    labels = None if all_labels else drawn
+    labels = None if all_labels else hashlib.sha256(selected.numpy().tobytes()).hexdigest()
     given = settings_of(settings, label_percent=percent, labels=labels, batch_size=size)
     changes = changed(settings, "epochs", "base_lr", "batch_size", "weight_decay", "freeze")
     name = record_name(subject, "finetune", protocol.name, given, changes)

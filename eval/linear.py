@@ -211,8 +211,8 @@ def train_and_test(
     """
     images, test = subject.splits()
     accelerator, network, seed = subject.accelerator, subject.network, settings.seed
-    count = torch.arange(len(training))
-    order = Order(count, protocol.batch_size, protocol.epochs, seed, protocol.partial)
+    count, size = len(training), protocol.batch_size
+    order = Order(count, size, protocol.epochs, seed, protocol.partial)
     if protocol.augment:  # a part of its own, or a held-out image might replace a damaged one
         frozen, width = network, int(network.num_features)  # type: ignore[arg-type]
         learned = subset(images, among(training, len(images)), "to train on")
@@ -220,8 +220,8 @@ def train_and_test(
     else:
         frozen, rows = None, Standardised(subject)
         bank, labels = rows(images, training)
-        size = min(protocol.batch_size, len(bank))  # undecodable images are left out
-        order = replace(order, index=torch.arange(len(bank)), batch_size=size, part=size)
+        size = min(size, len(bank))  # undecodable images are left out
+        order = replace(order, count=len(bank), batch_size=size, part=size)
         inputs, width = partial(in_memory, bank, labels, order, accelerator), bank.shape[1]
     probe = Probe(width, len(images.classes), protocol, seed).to(subject.device, subject.dtype)
 

@@ -14,12 +14,11 @@ from common.errors import UserError
 from common.files import read_json
 from common.launch import launch
 from eval.encoder import Encoder, Preprocess, load
-from eval.features import cached, digest_of, encode
+from eval.features import MEMORY_GB, cached, digest_of, encode
 from eval.processes import place
 from eval.splits import hold_out_fifth, open_labelled, open_validation
 from eval.training import Crops, Order
 
-MEMORY_GB = 4.0  # decode once and keep the pixels if they need less than this
 COLUMNS = ("image_column", "label_column")
 
 

@@ -33,15 +33,14 @@ PART = 256  # images that go through a network at once, over all processes; Batc
 
 @dataclass(frozen=True)
 class Order:
-    """Which of the training images each step takes.
+    """Which of `count` training images each step takes.
 
     Args:
-        index: (N,) the training images of a split.
         partial: an epoch's last batch may be smaller, instead of being left out.
         part: see `PART`.
     """
 
-    index: Tensor
+    count: int
     batch_size: int
     epochs: int
     seed: int
@@ -50,8 +49,8 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        count = len(self.index)
-        return -(-count // self.batch_size) if self.partial else count // self.batch_size
+        whole, rest = divmod(self.count, self.batch_size)
+        return whole + (self.partial and rest > 0)
 
     @property
     def steps(self) -> int:
@@ -64,8 +63,8 @@ class Order:
     def batch(self, step: int) -> Tensor:
         """(B,) images of a step."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, epoch, len(self.index))
-        return self.index[order[k * self.batch_size : (k + 1) * self.batch_size]]
+        order = epoch_order(self.seed, epoch, self.count)
+        return order[k * self.batch_size : (k + 1) * self.batch_size]
 
     def share(self, step: int, part: int, rank: int, processes: int) -> slice:
         """The rows of a step's batch that are one process's share of one part of it."""

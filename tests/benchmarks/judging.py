@@ -90,7 +90,7 @@ def fastest(function, repeats: int) -> float:
 def main(s: Settings) -> None:
     torch.set_num_threads(1)
     images = open_images(s.data)
-    order = Order(torch.arange(len(images)), s.batch, s.epochs, seed=1)
+    order = Order(len(images), s.batch, s.epochs, seed=1)
     count = order.steps * s.batch
     decode = count / fastest(partial(decoding, images, order, s.workers), s.repeats)
     judge = count / fastest(partial(judging, images, order, s.size, s.workers), s.repeats)

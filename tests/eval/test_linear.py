@@ -41,7 +41,7 @@ def problem(count=300, width=4, classes=3, noise=2.0, seed=0):
 
 def train(probe, x, y, protocol):
     size = protocol.batch_size
-    order = Order(torch.arange(len(x)), size, protocol.epochs, 1, part=size)
+    order = Order(len(x), size, protocol.epochs, 1, part=size)
     accelerator = launch("fp32")
     training.train(
         probe,
@@ -174,8 +174,8 @@ def test_the_rate_is_chosen_on_images_that_are_not_trained_on():
 
 
 def test_every_epoch_is_a_permutation():
-    index = torch.arange(100, 131)
-    order = Order(index, batch_size=8, epochs=2, seed=1)
+    index = torch.arange(31)
+    order = Order(31, batch_size=8, epochs=2, seed=1)
     steps = [order.batch(step) for step in range(order.steps)]
     assert len(steps) == 6 and all(len(step) == 8 for step in steps)
     for epoch in (steps[:3], steps[3:]):
@@ -190,7 +190,7 @@ def test_every_epoch_is_a_permutation():
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 @pytest.mark.parametrize("partial", [False, True])
 def test_the_processes_share_every_part_of_every_batch(processes, partial):
-    order = Order(torch.arange(23), batch_size=7, epochs=2, seed=1, partial=partial, part=3)
+    order = Order(23, batch_size=7, epochs=2, seed=1, partial=partial, part=3)
     for step in range(order.steps):
         batch, rows = order.batch(step), []
         for part in range(order.parts_per_step):
@@ -215,7 +215,7 @@ def test_views_of_workers_are_those_of_memory_but_for_rounding(interpolation, le
     sizes = [(40, 30), (33, 60), (24, 24), (50, 90)] * 3
     pixels = [torch.randint(256, (3, *size), generator=draw).byte() for size in sizes]
     labels = torch.arange(12)
-    order = Order(torch.arange(12), batch_size=5, epochs=2, seed=1, partial=True, part=4)
+    order = Order(12, batch_size=5, epochs=2, seed=1, partial=True, part=4)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
     given = Preprocess(16, interpolation=interpolation, mean=mean, std=std)
     decoded = ImageSplit("x", pixels, labels, store=pixels)
