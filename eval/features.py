@@ -21,7 +21,6 @@ from eval.encoder import Preprocess
 from eval.identity import fingerprint, identity_of
 from eval.processes import all_agree, gather, place, share
 
-
 MEMORY_GB = 4.0  # decode once and keep the pixels if they need less than this
 
 
