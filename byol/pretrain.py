@@ -30,9 +30,10 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from common import encoders
-from common.data import open_images
+from common.data import open_split
 from common.errors import one_line
 from common.launch import launch
+from common.plan import plan_of
 from common.run import Run
 from common.views import ViewPairs
 from eval.encoder import Preprocess, export_metadata
@@ -57,7 +58,7 @@ Step = tuple[int, tuple[Tensor, Tensor]]
 def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
     """Open images and run, build the networks, and train what is left to train."""
     accelerator = launch(run_cfg.precision, one_thread=cfg.arch == "demo")
-    images = open_images(cfg.data, run_cfg.split, **run_cfg.columns)
+    images = open_split(plan_of(cfg.data, run_cfg), run_cfg.split)
     steps = total_steps(cfg, len(images))
     run = Run("byol", recipe, RECIPES[recipe], cfg, run_cfg, accelerator, images, steps)
     pairs = ViewPairs.of_run(

@@ -190,8 +190,33 @@ def check_source(source: str) -> None:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` has the form owner/name."""
-    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", source)) and not source.startswith((".", "~"))
+    """Whether `source` has the form owner/name or owner/name:CONFIG."""
+    name = r"[\w-]+/[\w.-]+(:.+)?"
+    return bool(re.fullmatch(name, source)) and not source.startswith((".", "~"))
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two sources are the same, whatever way their paths are written."""
+
+    def place(source: str) -> tuple[str, str]:
+        name, configuration = split_source(source)
+        path = os.path.expanduser(name)
+        return (os.path.realpath(path) if os.path.exists(path) else name), configuration
+
+    return place(one) == place(other)
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """(path or Hub id, configuration) of `folder:CONFIG` or `owner/name:CONFIG`; else (source, "").
+
+    A path that exists as it stands has no configuration.
+    """
+    name, colon, configuration = source.rpartition(":")
+    if not colon or os.path.exists(os.path.expanduser(source)):
+        return source, ""
+    if os.path.exists(os.path.expanduser(name)) or is_hub_id(source):
+        return name, configuration
+    return source, ""
 
 
 # ---- tyro ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,21 +17,53 @@ C = TypeVar("C")
 Recipe = tuple[C, dict[str, Any]]  # a method's config, and the run's settings that it needs changed
 
 
-def fixed(default: Any) -> Any:
+def fixed(default: Any, **metadata: Any) -> Any:
     """A setting that must stay what it was when a run goes on."""
-    return dataclasses.field(default=default, metadata={"fixed": True})
+    return dataclasses.field(default=default, metadata={"fixed": True} | metadata)
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class SourceConfig:
+    """How images are read: the same flags in every command that takes a SOURCE.
+
+    What is left open is found out (common/plan.py, common/formats.py), or is the run's.
+    """
+
+    split: str = fixed("", means="train")
+    """split to train on: train, or the source's own name of one; all: everything; default: train,
+    if it is clear what that is"""
+    image_column: str | None = fixed(None)  # column of the images, where a table has several
+    label_column: str | None = fixed(None)  # column of the labels, which are never needed to train
+    label_depth: int | None = fixed(None)
+    """folders that make up a label, from the top; 0: no labels; default: the first"""
+    alpha: Literal["", "white", "drop"] = fixed("")
+    """fourth channel: white lays the image over white, drop ignores the channel; default: white, if
+    it is clear that the channel is one of opacity"""
+    value_range: tuple[float, float] | None = fixed(None)
+    """stored values that become black and white, of images of more than 8 bits; default: found
+    out from a sample"""
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ValueError: a value makes no sense; the message names its flag.
+        """
+        if self.label_depth is not None:
+            check_ranges(self, label_depth=(0, 100))
+        if self.value_range is not None:
+            check_ranges(self, value_range=(-math.inf, math.inf))
+            if self.value_range[0] >= self.value_range[1]:
+                low, high = self.value_range
+                raise ValueError(f"--value-range {low:g} {high:g}: the first must be the lower")
+
+
+@dataclass(frozen=True)
+class RunConfig(SourceConfig):
     """How to run it: the same for every method."""
 
     out: str = "runs/run"  # folder of this run; the same command given again goes on there
     seed: int = fixed(1)  # seed of initial weights, order of the images and views
-    split: str = fixed("train")  # split of the data to train on
-    image_column: str | None = fixed(None)  # column of the images, where a table has several
-    label_column: str | None = fixed(None)
-    """column of the labels, which only the online kNN and the online linear classifier use"""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = fixed("fp32")  # precision of the networks
     compile: bool = False  # torch.compile the encoders: a minute, for 3 % on a CPU
     processes: int = 0  # refuse to start unless so many were launched; 0: any number
@@ -43,11 +76,6 @@ class RunConfig:
     """train a linear classifier beside, by labels, on features of view 1; the encoder does not
     notice; its test accuracy is measured as often as the kNN, and at the end (eval/online.py)"""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)  # where to log to
-
-    @property
-    def columns(self) -> dict[str, str | None]:
-        """The columns of a table, as `open_images` takes them."""
-        return {"image_column": self.image_column, "label_column": self.label_column}
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -62,6 +90,18 @@ class RunConfig:
             save_every=(0, math.inf),
             knn_every=(0, math.inf),
         )
+        self.check()
+
+
+SOURCE_FLAGS = tuple(f.name for f in dataclasses.fields(SourceConfig))
+
+
+def source_config(settings: Mapping[str, Any]) -> SourceConfig:
+    """How the images of a run's settings, or of a record's, are read."""
+    known = {name: settings[name] for name in SOURCE_FLAGS if settings.get(name) is not None}
+    if "value_range" in known:
+        known["value_range"] = tuple(known["value_range"])
+    return SourceConfig(**known)
 
 
 def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:

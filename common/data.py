@@ -1,63 +1,35 @@
-"""Images in: one SOURCE string, decoded uint8 batches out, in an order that survives a restart.
+"""Images in: a split of a SOURCE, decoded uint8 batches out, in an order that survives a restart.
 
-    demo                    embedded, drawn procedurally (common/demo.py)
-    path/to/folder          images at any depth; class folders, if any, become labels
-    path/to/parquet-or-arrow file, or a folder of them
-    owner/name              a data set on the Hugging Face Hub
-
-Labels are never needed to pretrain. Symbols: N images, B images in a batch.
-
-What becomes of an odd image:
-
-    CMYK, palette, gray, 1 bit        RGB
-    16 bits                           8 bits
-    transparent                       over white
-    animated, several pages           the first frame
-    turned by EXIF                    upright
-    a side longer than MAX_SIDE       reduced to it; a JPEG while it is decoded
-    1 x 1, 1 x 100                    as any other
-    a folder named like an image      a folder
-    links                             followed; a loop once
-
-    truncated, empty, not an image    undecodable: named with the reason, counted, and the next
-    a FIFO, a socket, a dead link     image takes its place, up to MAX_BAD of a source
-    more than 89 megapixels (a JPEG: 179)
+What a SOURCE is and which split is read: common/plan.py. What becomes of an odd image:
+common/formats.py. Labels are never needed to pretrain. Symbols: N images, B images in a batch.
 """
 
 import atexit
 import functools
 import hashlib
-import io
 import math
 import multiprocessing
 import os
-import re
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from common import demo
-from common.cli import is_hub_id
-from common.errors import UserError, first_line, printable
+from common.config import SourceConfig
+from common.errors import UserError, printable
+from common.formats import MAX_SIDE, Reading, read
+from common.plan import MAX_BAD, Part, Plan, name_of, plan_of, reason_of
+from common.tables import Table, image_column
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-TABLES = (".parquet", ".arrow")
-SPLITS = {  # the names under which people keep a split
-    "train": ("train", "training"),
-    "test": ("test", "testing"),
-    "validation": ("validation", "valid", "val"),
-}
-MAX_SIDE = 640  # pixels; a longer image is reduced when decoded, so that no batch is mostly padding
-MAX_BAD = 0.05  # share of undecodable images beyond which a source is refused
+AS_STORED = Reading()
+MISSING = -1  # in place of a label that an image does not have
 
 
 # ---- order ---------------------------------------------------------------------------------------
@@ -95,43 +67,17 @@ def batch_indices(
 # ---- decoding ------------------------------------------------------------------------------------
 
 
-def decode(image: Any, max_side: int = MAX_SIDE) -> Tensor:
+def decode(image: Any, reading: Reading = AS_STORED, max_side: int = MAX_SIDE) -> Tensor:
     """One encoded image (`{"bytes": ..., "path": ...}`, a path or a tensor) to (3, H, W) uint8 RGB.
-
-    Upright by its EXIF orientation; 16 bits reduced to 8; the first frame of an animation;
-    transparency over white; longer side at most `max_side`.
 
     Raises:
         Exception: of nearly any kind, if the image is damaged, too large or not a file.
     """
     if isinstance(image, Tensor):
         return image
-    if isinstance(image, dict):
-        image = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
-    if image is None:
-        raise OSError("an empty cell")
-    if isinstance(image, str | Path) and not os.path.isfile(image):
-        raise OSError("no such file" if not os.path.exists(image) else "not a file")
-    with Image.open(image) as picture:
-        picture.draft("RGB", (max_side, max_side))  # JPEG: decode at a reduced scale where enough
-        if math.prod(picture.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise OSError(f"{math.prod(picture.size):,} pixels; reduce it first")
-        picture.load()
-        upright: Image.Image = picture
-        if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it copies for nothing
-            upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith("I"):  # 16 bits of grey
-        upright.info.pop("transparency", None)  # a 16-bit value that 8 bits cannot hold
-        upright = upright.convert("I").point(lambda value: value / 257).convert("L")
-    if upright.has_transparency_data:
-        upright = Image.alpha_composite(
-            Image.new("RGBA", upright.size, "white"), upright.convert("RGBA")
-        )
-    if max(upright.size) > max_side:
-        upright.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    upright = upright if upright.mode == "RGB" else upright.convert("RGB")
-    pixels = torch.frombuffer(bytearray(upright.tobytes()), dtype=torch.uint8)
-    return pixels.view(upright.height, upright.width, 3).permute(2, 0, 1)
+    picture = read(image, reading, max_side)
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1)
 
 
 def pad(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -172,11 +118,15 @@ class ImageSplit:
 
     name: str
     encoded: Any  # with a length, and an encoded image at each index
-    labels: Tensor | None = None  # (N,) int64; (N, C) bool where an image may have several
+    labels: Tensor | None = None  # (N,) int64 or MISSING; (N, C) bool where there may be several
     classes: tuple[str, ...] = ()
+    known: Tensor | None = None  # (N,) bool: whose label is not missing; None: everyone's
     bad: dict[int, str] = field(default_factory=dict)  # undecodable so far: index to its name
     store: list[Tensor] | Tensor | None = None  # decoded, where that fits in memory
     digests: dict[str, str] = field(default_factory=dict)  # by which eval/identity.py knows it
+    reading: Reading = AS_STORED  # the rule by which pixels are read
+    plan: Plan | None = None  # of the source, and which part of it this is
+    part: Part | None = None
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -192,9 +142,9 @@ class ImageSplit:
         image = None
         try:
             image = self.encoded[index]
-            return decode(image)
+            return decode(image, self.reading)
         except Exception as error:
-            self.note_bad({index: printable(f"{name_of(image, index)} ({error})")})
+            self.note_bad({index: printable(f"{name_of(image, index)} ({reason_of(error)})")})
             return None
 
     def note_bad(self, bad: dict[int, str]) -> None:
@@ -355,53 +305,70 @@ class _Decoder(Dataset):
         return made, self.images.bad
 
 
-def name_of(image: Any, index: int) -> str:
-    path = image.get("path") if isinstance(image, dict) else image
-    return str(path) if isinstance(path, (str, Path)) else f"image {index}"
-
-
 # ---- opening a source ----------------------------------------------------------------------------
 
 
-def open_images(
-    source: str,
-    split: str = "train",
-    *,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    classes: tuple[str, ...] | None = None,
-) -> ImageSplit:
-    """Open one split, "train", "test" or "validation" (or by its own name), of `source`.
+def open_images(source: str, split: str = "", **how: Any) -> ImageSplit:
+    """Open the images of `source` that are to be trained on, or a split by its name.
+
+    Args:
+        how: see `SourceConfig` of common/config.py.
+
+    Raises:
+        UserError: no such source, split or column; no images in it; or two ways to read it.
+    """
+    plan = plan_of(source, SourceConfig(split=split, **how))
+    return open_split(plan, split)
+
+
+def open_split(plan: Plan, split: str, classes: tuple[str, ...] | None = None) -> ImageSplit:
+    """Open one split of a source, by its name (see `Plan.choose`).
 
     Args:
         classes: the class names that labels are to be numbered by (those of the training split).
 
     Raises:
-        UserError: no such source, split or column; no images in it.
+        UserError: as `open_images`.
     """
-    if source == "demo":
-        if split not in ("train", "test"):
-            raise NoSplit(f"demo: no split {split!r}; it has train, test")
-        pixels, labels = demo.split(split)
-        return ImageSplit(f"demo {split}", pixels, labels, demo.CLASSES, store=pixels)
+    part = plan.choose(split)
+    if plan.kind == "demo":
+        pixels, labels = demo.split(part.name)
+        return ImageSplit(
+            f"demo {part.name}", pixels, labels, demo.CLASSES, store=pixels, plan=plan, part=part
+        )
+    encoded: Any = part.paths
+    if part.table is not None:
+        encoded = cells_of(plan, part.table)
+    if len(encoded) == 0:
+        raise UserError(f"{plan.source}: no images")
+    found = plan.labels(part)
+    name = part.base or (plan.source if not part.name else f"{plan.source} {part.name}")
+    images = ImageSplit(printable(name), encoded, reading=plan.reading, plan=plan, part=part)
+    if found.values is not None:
+        images.labels, images.classes = encode_labels(found.values, classes or found.names)
+        if found.missing:
+            images.known = torch.tensor([value is not None for value in found.values])
+    return images
+
+
+def cells_of(plan: Plan, table: Table) -> "Cells":
+    """The images of a table, not yet decoded.
+
+    Raises:
+        UserError: there is no column of images.
+    """
+    import datasets
+
+    if not table.local:
+        table.dataset  # noqa: B018
+    column = image_column(table, plan.source, plan.how.image_column)
     try:
-        path = Path(os.path.expanduser(source))
-        pictures = path.is_dir() and next(scan(str(path)), None)
-        tables = [] if pictures else find_tables(path)
-        if path.is_dir() and not tables:
-            return open_folder(path, split, classes)
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{source}: no path ({error})") from error
-    if tables:
-        table, files = load_tables(path, tables, split)
-        return open_table(table, source, image_column, label_column, classes, files)
-    if path.is_file():
-        raise UserError(f"{source}: not a folder, a .parquet or an .arrow file")
-    if is_hub_id(source):
-        return open_table(load_hub(source, split), source, image_column, label_column, classes)
-    raise UserError(f"{source}: no such folder or file (nor a Hub id of the form owner/name)")
+        undecoded = table.dataset.cast_column(column, datasets.Image(decode=False))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{plan.source}: {column!r} holds no images") from error
+    return Cells(undecoded, column, table.files)
 
 
 def subset(images: ImageSplit, keep: Tensor, what: str) -> ImageSplit:
@@ -412,6 +379,8 @@ def subset(images: ImageSplit, keep: Tensor, what: str) -> ImageSplit:
     labels = None if images.labels is None else images.labels[index]
     part = ImageSplit(f"{images.name} ({what})", Subset(images.encoded, index.tolist()), labels)
     part.classes = images.classes
+    part.known = None if images.known is None else images.known[index]
+    part.reading, part.plan, part.part = images.reading, images.plan, images.part
     part.bad = {i: images.bad[j] for i, j in enumerate(index.tolist()) if j in images.bad}
     if isinstance(images.store, Tensor):
         part.store = images.store[index]
@@ -427,150 +396,6 @@ def among(index: Tensor, count: int) -> Tensor:
     return mask
 
 
-class NoSplit(UserError):
-    """The source exists, but not this split of it."""
-
-
-def find_tables(path: Path) -> list[Path]:
-    """The parquet and arrow files that `path` is or holds, hidden ones passed over."""
-    if path.is_file():
-        return [path] if path.suffix in TABLES else []
-    tables = []
-    for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        tables += [Path(folder, n) for n in names if n.endswith(TABLES) and not n.startswith(".")]
-    return sorted(tables)
-
-
-def load_tables(path: Path, tables: list[Path], split: str) -> tuple[Any, list[Path]]:
-    """Local parquet or arrow files as a `datasets.Dataset`, and those that were read."""
-    import datasets  # slow to import, and the demo does not need it
-
-    datasets.disable_progress_bars()
-    selected = of_split(path, tables, split)
-    if not selected:
-        shown = ", ".join(t.name for t in tables[:4])
-        if split != "train":
-            raise NoSplit(f"{path}: no {split!r} among {shown}")
-        if any(of_split(path, tables, other) for other in SPLITS):
-            way_out = "give one file or, to pretrain, --split NAME"
-            raise UserError(f"{path}: no train among {shown}; {way_out}")
-    try:
-        if (path / "state.json").exists():
-            return datasets.load_from_disk(str(path)), tables
-        files = selected or tables
-        kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
-        names = [str(file) for file in files]
-        return datasets.load_dataset(kind, data_files=names, split="train"), files
-    except Exception as error:
-        raise UserError(f"{path}: {first_line(error)}") from error
-
-
-def of_split(path: Path, tables: list[Path], split: str) -> list[Path]:
-    """The tables below `path` of a split, as named by the file or a folder above it.
-
-    E.g. `data/train-00000-of-00001.parquet` and `default/train/0000.parquet` are of `train`.
-    """
-    below = {t: t.relative_to(path).parts for t in tables}  # nothing where `path` is the file
-    for name in SPLITS.get(split, (split,)):
-        selected = [t for t in tables if any(first_word(part) == name for part in below[t])]
-        if selected:
-            return selected
-    return []
-
-
-def first_word(name: str) -> str:
-    return re.split(r"[-_.]", name.lower())[0]
-
-
-def load_hub(source: str, split: str) -> Any:
-    import datasets
-    import huggingface_hub
-
-    try:  # what follows this would try again for half a minute
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            huggingface_hub.HfApi().dataset_info(source, timeout=10)
-    except huggingface_hub.errors.HfHubHTTPError:
-        pass  # the Hub answers; the call below has the better message
-    except Exception as error:
-        raise UserError(
-            f"{source}: not a local path, and the Hub cannot be reached ({first_line(error)}); "
-            "HF_HUB_OFFLINE=1 uses what is in its cache"
-        ) from error
-    try:
-        names = datasets.get_dataset_split_names(source)
-        wanted = next((n for n in SPLITS.get(split, (split,)) if n in names), None)
-        if wanted is None:
-            raise NoSplit(f"{source}: no split {split!r}; it has {', '.join(names)}")
-        return datasets.load_dataset(source, split=wanted)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{source}: not a local path, and the Hub said: {first_line(error)}"
-        ) from error
-
-
-def open_table(
-    dataset: Any,
-    source: str,
-    image_column: str | None,
-    label_column: str | None,
-    classes: tuple[str, ...] | None,
-    files: Sequence[Path] = (),
-) -> ImageSplit:
-    """Find the image and label columns by their feature types, unless they are named.
-
-    Args:
-        files: that the table was read from; default: those of `datasets`' own cache.
-    """
-    import datasets
-
-    columns = dataset.features
-    for name in (image_column, label_column):
-        if name is not None and name not in columns:
-            raise UserError(f"{source}: no column {name!r}; it has {', '.join(columns)}")
-    pictures = [name for name, kind in columns.items() if is_image(kind)]
-    if image_column is None and len(pictures) != 1:
-        problem = (
-            f"several image columns ({', '.join(pictures)})" if pictures else "no image column"
-        )
-        raise UserError(f"{source}: {problem} among {', '.join(columns)}; say --image-column NAME")
-    image_column = image_column or pictures[0]
-    if len(dataset) == 0:
-        raise UserError(f"{source}: no images")
-    try:
-        undecoded = dataset.cast_column(image_column, datasets.Image(decode=False))
-    except Exception as error:
-        raise UserError(f"{source}: {image_column!r} holds no images") from error
-    single = [n for n, kind in columns.items() if isinstance(kind, datasets.Value)]
-    if label_column is None:
-        classed = [n for n, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
-        usual = ("label", "labels", "fine_label", "class", "target")
-        plain = [name for name in usual if name in single]
-        lists = [name for name in (*usual, "classes") if list_element(columns.get(name))]
-        label_column = next(iter(classed + plain + lists), None)
-    elif label_column not in single and not (
-        isinstance(columns[label_column], datasets.ClassLabel)
-        or list_element(columns[label_column])
-    ):
-        raise UserError(f"{source}: {label_column!r} holds no labels, a value or a list of values")
-    encoded = Cells(undecoded, image_column, files or cache_files(dataset))
-    values: Any = [None] if label_column is None else dataset[label_column][:]
-    kind = columns.get(label_column)
-    if (inner := list_element(kind)) and None not in values:
-        if isinstance(inner, datasets.ClassLabel):
-            values = [[inner.names[v] for v in value] for value in values]
-            classes = classes or tuple(inner.names)
-        return ImageSplit(source, encoded, *encode_multilabels(values, classes))
-    if isinstance(kind, datasets.ClassLabel):
-        values = [None if v in (None, -1) else kind.names[v] for v in values]  # -1: not known
-        classes = classes or tuple(kind.names)
-    if None in values:
-        return ImageSplit(source, encoded)
-    return ImageSplit(source, encoded, *encode_labels(values, classes))
-
-
 class Cells:
     """One column of a table, read cell by cell, twenty times as fast as by `datasets` itself.
 
@@ -578,7 +403,7 @@ class Cells:
         files: that hold the table.
     """
 
-    def __init__(self, dataset: Any, column: str, files: Sequence[Path] = ()) -> None:
+    def __init__(self, dataset: Any, column: str, files: Sequence[str] = ()) -> None:
         self.table, self.column = dataset.select_columns(column).with_format("arrow"), column
         self.files = files
 
@@ -589,83 +414,26 @@ class Cells:
         return self.table[index][self.column][0].as_py()
 
 
-def cache_files(dataset: Any) -> list[Path]:
-    return [Path(file["filename"]) for file in dataset.cache_files]
-
-
-def list_element(kind: Any) -> Any:
-    """What a column of lists holds lists of, if that can be labels, else None."""
-    import datasets
-
-    inner = getattr(kind, "feature", None)  # of List, and of Sequence in older versions
-    return inner if isinstance(inner, datasets.Value | datasets.ClassLabel) else None
-
-
-def is_image(kind: Any) -> bool:
-    """An Image feature, or the struct of bytes and path that plain parquet files keep of one."""
-    import datasets
-
-    return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
-
-
-def open_folder(root: Path, split: str, classes: tuple[str, ...] | None) -> ImageSplit:
-    """Images at any depth under the split's folder, or under `root` where there are no splits.
-
-    Labels are the first-level folders when there are images in at least one of them and none
-    beside them; otherwise the source is unlabelled.
-    """
-    folders = [p for p in sorted(root.iterdir()) if p.is_dir()]
-    matching = [p for n in SPLITS.get(split, (split,)) for p in folders if p.name.lower() == n]
-    is_split = {name for names in SPLITS.values() for name in names}
-    if not matching and split != "train":
-        raise NoSplit(f"{root}: no {split!r} folder in it")
-    if not matching and any(p.name.lower() in is_split for p in folders):
-        raise UserError(f"{root}: it has {', '.join(p.name for p in folders)} but no train folder")
-    base = matching[0] if matching else root
-    paths = sorted(scan(str(base)))
-    if not paths:
-        kinds = " ".join(sorted(SUFFIXES))
-        raise UserError(f"{base}: no images in it, at any depth (looked for {kinds})")
-    parts = [path.removeprefix(str(base)).lstrip(os.sep).split(os.sep, 1) for path in paths]
-    if any(len(below) == 1 for below in parts):
-        return ImageSplit(str(base), paths)
-    labels, names = encode_labels([below[0] for below in parts], classes)
-    return ImageSplit(str(base), paths, labels, names)
-
-
-def scan(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Paths of the image files below `folder`; hidden ones are passed over, links are followed."""
-    here = os.path.realpath(folder)
-    if here in above:  # a link to a folder that holds it
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from scan(entry.path, above | {here})
-            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-                yield entry.path
-
-
 def encode_labels(
-    values: Sequence[Any], classes: tuple[str, ...] | None
+    values: Sequence[Any], classes: tuple[str, ...] = ()
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Label values of a kind to (N,) int64 and their names, in the order of `classes` if given."""
-    present = sorted(set(values))
-    names = [str(value) for value in present]
+    """Labels and the names of the C classes, in the order of `classes` if given.
+
+    Args:
+        values: N labels of a kind, to (N,) int64, or N lists of them, to (N, C) bool. None, for a
+            label that is missing, becomes `MISSING`, or a row of no class.
+    """
+    several = any(isinstance(value, list) for value in values)
+    flat = [v for value in values for v in (value or ())] if several else values
+    present = sorted({value for value in flat if value is not None})
+    names = [printable(str(value)) for value in present]
     order = list(classes or names)
-    order += [name for name in names if name not in order]
+    order += [name for name in dict.fromkeys(names) if name not in order]
     place = {value: order.index(name) for value, name in zip(present, names, strict=True)}
-    return torch.tensor([place[value] for value in values]), tuple(order)
-
-
-def encode_multilabels(
-    values: Sequence[Sequence[Any]], classes: tuple[str, ...] | None
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Lists of label values to (N, C) bool and the names of the C classes, ordered as `number`."""
-    flat, names = encode_labels([value for labels in values for value in labels], classes)
-    image = torch.arange(len(values)).repeat_interleave(torch.tensor([len(v) for v in values]))
-    labels = torch.zeros(len(values), len(names), dtype=torch.bool)
-    labels[image, flat.long()] = True
-    return labels, names
+    if not several:
+        numbers = [MISSING if value is None else place[value] for value in values]
+        return torch.tensor(numbers), tuple(order)
+    labels = torch.zeros(len(values), len(order), dtype=torch.bool)
+    for row, value in zip(labels, values, strict=True):
+        row[[place[each] for each in value or ()]] = True
+    return labels, tuple(order)

@@ -1,6 +1,8 @@
 """A run: its folder on disk, its progress, and going on where it stopped.
 
 RUN/config.json            all settings, those that were overridden; command, commit, versions
+RUN/plan.json              what the source holds, what is read of it, and how
+RUN/images.jsonl.gz        the files that it is trained on: names below the source, and bytes
 RUN/metrics.jsonl          one line a logged step; the same bits for the same run, resumed or not
 RUN/timings.jsonl          pairs/s, share of the time waiting for data, peak memory
 RUN/events.out.tfevents.*  both of the above and pictures, for TensorBoard
@@ -11,18 +13,19 @@ RUN/results/*.json         one per evaluation
 RUN/.lock                  held while a command trains here
 """
 
+import gzip
 import json
 import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.utils import make_grid
@@ -30,9 +33,10 @@ from tqdm import tqdm
 
 from common import config
 from common.checkpoints import Checkpoints, check_finite
+from common.cli import same_place
 from common.config import RunConfig
 from common.data import ImageSplit, generator
-from common.errors import UserError
+from common.errors import UserError, first_line, printable
 from common.files import (
     append_row,
     atomic_write,
@@ -44,6 +48,7 @@ from common.files import (
 )
 from common.health import collapse_warning, embedding_metrics
 from common.launch import StopSignal, commit, provenance
+from common.plan import listing
 from common.trackers import Trackers
 from common.views import ViewPairs
 
@@ -94,7 +99,8 @@ class Run:
         if total_steps < 1:
             raise UserError(f"--epochs: too few for one step on {len(images):,} images")
         self._overridden = config.overridden(cfg, run_cfg, defaults)
-        for line in (*cfg.advice(), images.load(run_cfg.memory_gb)):
+        plan = images.plan.lines(images.part) if images.plan and images.part else []
+        for line in (*cfg.advice(), *plan, images.load(run_cfg.memory_gb)):
             self.print(line)
 
     def open(
@@ -143,7 +149,7 @@ class Run:
 
     def _record_launch(self) -> None:
         path = self.folder / "config.json"
-        launches = []
+        launches, old = [], None
         if path.exists():
             old = read_json(path)
             launches = old.get("launches", [])
@@ -152,6 +158,7 @@ class Run:
                     f"--out {self.folder}: holds a run on {old.get('images')} images (now "
                     f"{len(self.images)}); give another folder"
                 )
+        files = self._check_files(old)
         if not self.main:
             return
         with naming(self.folder):
@@ -160,6 +167,11 @@ class Run:
         self._lock = lock(self.folder)  # held while this run lives
         remove_leftovers(self.folder)
         remove_leftovers(self.folder / "checkpoints")
+        if self.images.plan and self.images.part:
+            plan = json.dumps(self.images.plan.record(self.images.part), indent=1)
+            atomic_write_bytes(self.folder / "plan.json", plan.encode() + b"\n")
+            content = "".join(json.dumps(file) + "\n" for file in files).encode()
+            atomic_write_bytes(self.folder / "images.jsonl.gz", gzip.compress(content, mtime=0))
         record = {
             "method": self.method,
             "recipe": self.recipe,
@@ -170,6 +182,26 @@ class Run:
             "launches": [*launches, provenance(self.accelerator.num_processes)],
         }
         atomic_write_bytes(path, json.dumps(record, indent=2).encode() + b"\n")
+
+    def _check_files(self, old: Mapping[str, Any] | None) -> list[list[Any]]:
+        """The names and sizes of the files trained on, which must be those of the run so far.
+
+        Raises:
+            UserError: they are others; all processes raise it.
+        """
+        problem, files = "", []
+        plan, part = self.images.plan, self.images.part
+        if self.main and plan and part:
+            files = [list(file) for file in listing(plan, part)]
+            if old:
+                problem = differences(self.folder / "images.jsonl.gz", files)
+                before, now = str(old["config"].get("data")), self.cfg.data
+                if not problem and not same_place(before, now):
+                    self.print(f"the images of this run, now at {now} (before: {before})")
+        [problem] = broadcast_object_list([problem])
+        if problem:
+            raise UserError(f"--out {self.folder}: holds a run on {problem}; give another folder")
+        return files
 
     # ---- the loop ----
 
@@ -359,6 +391,27 @@ class Run:
         text = {key: json.dumps(value) for key, value in (known | dict(self.metadata)).items()}
         with atomic_write(self.folder / "encoder.safetensors") as aside:
             save_file(tensors, aside, metadata=text)
+
+
+def differences(record: Path, files: Sequence[Sequence[Any]]) -> str:
+    """How files differ from those on record, in a few words; "" if they do not, or none are known.
+
+    Raises:
+        UserError: the record cannot be read.
+    """
+    if not record.exists():
+        return ""
+    try:
+        lines = gzip.decompress(record.read_bytes()).decode().splitlines()
+        before = {name: size for name, size in map(json.loads, lines)}
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        raise UserError(f"{record}: cannot be read ({first_line(error)})") from error
+    now = {name: size for name, size in files}
+    other = [name for name in {**before, **now} if before.get(name, 0) != now.get(name, 0)]
+    if not other:
+        return ""
+    shown = f"e.g. {printable(other[0])}"
+    return f"other images: {len(other):,} of {len(before):,} files differ in name or size, {shown}"
 
 
 def layer_name(layer: nn.Module) -> str:

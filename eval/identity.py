@@ -10,7 +10,7 @@ time of change is asked for, or its bytes.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from common.data import Cells, ImageSplit
-
-TAIL = 2**20  # bytes
+from common.plan import stats
+from common.tables import tail
 
 
 def identity_of(images: ImageSplit, *, times: bool = False, content: bool = False) -> str:
@@ -59,35 +59,6 @@ def traits(encoded: Any, times: bool) -> Iterator[Any]:
             yield os.path.relpath(path, root), about
     else:
         yield from map(content_of, encoded)
-
-
-def stats(paths: Sequence[str], times: bool) -> Iterator[tuple[str, Any]]:
-    """Each path with its file's size (and time), or None where there is no file."""
-
-    def about(some: Sequence[str]) -> list[Any]:
-        found: list[Any] = []
-        for path in some:
-            try:
-                stat = os.stat(path)
-                found.append((stat.st_size, stat.st_mtime_ns) if times else stat.st_size)
-            except (OSError, ValueError):
-                found.append(None)
-        return found
-
-    groups = [paths[i : i + 1024] for i in range(0, len(paths), 1024)]
-    with ThreadPoolExecutor(32) as pool:  # a network's file system answers each after a while
-        for some, found in zip(groups, pool.map(about, groups), strict=True):
-            yield from zip(some, found, strict=True)
-
-
-def tail(path: str) -> bytes:
-    """The last bytes of a file; none of one that cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - TAIL))
-            return file.read()
-    except OSError:
-        return b""
 
 
 def contents(images: ImageSplit) -> Iterator[bytes]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from common.data import ImageSplit, subset
 from common.encoders import evaluation_mode
 from common.errors import UserError
+from common.plan import Plan
 from common.run import Run
 from eval.encoder import Preprocess
 from eval.features import extract
@@ -138,11 +139,11 @@ class OnlineKNN:
 
     K, BANK, QUERIES = 20, 10_000, 2_000
 
-    def __init__(self, source: str, preprocess: Preprocess, **columns: str | None) -> None:
+    def __init__(self, plan: Plan, preprocess: Preprocess) -> None:
         self.preprocess, self.missing = preprocess, ""
         self.splits: tuple[ImageSplit, ...] = ()
         try:
-            train, test = open_train_test(source, **columns)
+            train, test = open_train_test(plan)
             self.splits = subsample(train, self.BANK), subsample(test, self.QUERIES)
         except UserError as error:
             self.missing = str(error)
@@ -166,7 +167,8 @@ def online_knn(
     """The measurements of a run on its own source by name; none if unwanted or without labels."""
     if not run.run_cfg.knn_every:
         return {}
-    knn = OnlineKNN(run.cfg.data, preprocess, **run.run_cfg.columns)
+    assert run.images.plan
+    knn = OnlineKNN(run.images.plan, preprocess)
     if knn.missing:
         run.print(f"no online kNN: {knn.missing}")
         return {}

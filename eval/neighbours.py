@@ -12,7 +12,6 @@ images, at most 2,000 of them.
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from common import cli
 from eval.settings import Neighbours as Settings
@@ -28,7 +27,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.data import ImageSplit, open_images
+from common.data import ImageSplit, open_split
 from common.errors import UserError
 from common.files import atomic_write_bytes, naming
 from eval.knn import nearest, subsample
@@ -45,10 +44,8 @@ def main(settings: Settings) -> None:
     images, blocks = None, []
     for subject in subjects(settings):
         if images is None:
-            of_run = subject.source == subject.config.get("data")
-            split = subject.config.get("split", "train") if of_run else "train"
-            chosen: dict[str, Any] = subject.columns
-            whole = open_images(subject.source, split, **chosen)
+            whole = open_split(subject.plan, subject.how.split)
+            subject.tell(whole)
             images, total = subsample(whole, MOST), len(whole)
         features, index = subject.features(images)
         if len(index) < 2:

@@ -134,7 +134,7 @@ class OnlineLinear:
         config = flat(run.cfg, run.run_cfg)
         folder = run.folder / "results"
         subject = Subject(
-            encoder, run.cfg.data, run.run_cfg.columns, folder, config, self.accelerator
+            encoder, run.cfg.data, run.run_cfg, folder, config, self.accelerator, of_run=True
         )
         record(
             subject,
@@ -159,15 +159,19 @@ def labels_and_test(run: Run) -> tuple[Tensor, ImageSplit]:
     Raises:
         UserError: as of `OnlineLinear`.
     """
-    if run.run_cfg.split != "train":
-        raise UserError(f"--online-linear: takes labels of --split train, not {run.run_cfg.split}")
+    images = run.images
+    assert images.plan
     try:
-        train, test = open_labelled(run.cfg.data, multilabel=False, **run.run_cfg.columns)
-        assert train.labels is not None
-        labels = train.labels.clone()
+        train, test = open_labelled(images.plan)
+        if images.labels is None or train.part is not images.part:
+            raise UserError("the images that are trained on have no labels")
+        labels = images.labels.clone()  # MISSING is HIDDEN as well
         if test is None:
             _, test = hold_out_fifth(train)
-            labels[test.encoded.indices] = HIDDEN
+            held_out = torch.as_tensor(test.encoded.indices)
+            if images.known is not None:
+                held_out = images.known.nonzero()[:, 0][held_out]
+            labels[held_out] = HIDDEN
     except UserError as error:
         raise UserError(f"--online-linear: {error}") from error
     run.print(f"online linear classifier: judged on {len(test):,} images of {test.name}")

@@ -10,46 +10,56 @@ from typing import Annotated, Literal
 
 import tyro
 
-from common.config import TINY, check_ranges
+from common.config import TINY, SourceConfig, check_ranges
 
 Target = Annotated[str, tyro.conf.Positional]  # given without a flag
 
 
 @dataclass(frozen=True)
-class KNN:
-    """Weighted kNN on frozen features, beside baselines if asked."""
+class Judged(SourceConfig):
+    """What every evaluation has; how images are read is the run's, where it is not said."""
 
     run: Target = ""  # a run's folder or an encoder.safetensors
     weights: str = ""  # judge these instead: random, pixels, random:NAME, torchvision:NAME[=FILE]
-    baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     data: str = ""  # images to judge on; default: those of the run
-    image_column: str | None = None  # of a table with several, if not the run's
-    label_column: str | None = None  # likewise
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # of the network; fp32 has TF32 on a GPU
     workers: int = 8  # decoding processes, where the images do not fit in memory
     check_content: bool = False  # tell images apart by all their bytes, not by names and sizes
+
+    def check(self) -> None:
+        """Check the ranges of what is the same for all."""
+        super().check()
+        check_ranges(self, workers=(0, 1_000))
+
+
+@dataclass(frozen=True)
+class Tested(Judged):
+    """What those have that judge on a test split."""
+
+    test_split: str = ""
+    """split to judge on; none: training images are held out; default: test, else validation, else
+    none"""
+
+
+@dataclass(frozen=True)
+class KNN(Tested):
+    """Weighted kNN on frozen features, beside baselines if asked."""
+
+    baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     k: tuple[int, ...] = (20, 200)  # neighbours that vote; one result for each
     temperature: tuple[float, ...] = (0.1,)  # T of the votes' weights; one result for each
 
     def __post_init__(self) -> None:
         check_ranges(self, k=(1, math.inf), temperature=(TINY, math.inf), layer=(-1, math.inf))
-        check_ranges(self, workers=(0, 1_000))
+        self.check()
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Tested):
     """Train a linear classifier on a frozen encoder, beside baselines if asked."""
 
-    run: Target = ""  # a run's folder or an encoder.safetensors
-    weights: str = ""  # judge these instead: random, pixels, random:NAME, torchvision:NAME[=FILE]
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
-    data: str = ""  # images to judge on; default: those of the run
-    image_column: str | None = None  # of a table with several, if not the run's
-    label_column: str | None = None  # likewise
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # of the network; fp32 has TF32 on a GPU
-    workers: int = 8  # decoding processes, where the images do not fit in memory
-    check_content: bool = False  # tell images apart by all their bytes, not by names and sizes
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     protocol: Literal["", "simclr", "moco", "byol", "features"] = ""  # default: the method's
     epochs: int = 0  # default: the protocol's
@@ -58,22 +68,16 @@ class Linear:
 
     def __post_init__(self) -> None:
         check_ranges(self, layer=(-1, math.inf), epochs=(0, 1_000_000), batch_size=(0, math.inf))
-        check_ranges(self, seed=(0, 2**32 - 1), workers=(0, 1_000))
+        check_ranges(self, seed=(0, 2**32 - 1))
+        self.check()
 
 
 @dataclass(frozen=True)
-class Finetune:
+class Finetune(Tested):
     """Fine-tune an encoder with labels."""
 
-    run: Target = ""  # a run's folder or an encoder.safetensors
     weights: str = ""
     """start from these instead: random (the supervised baseline), torchvision:NAME[=FILE]"""
-    data: str = ""  # images to train and judge on; default: those of the run
-    image_column: str | None = None  # of a table with several, if not the run's
-    label_column: str | None = None  # likewise
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # of the network; fp32 has TF32 on a GPU
-    workers: int = 8  # decoding processes, where the images do not fit in memory
-    check_content: bool = False  # tell images apart by all their bytes, not by names and sizes
     protocol: Literal["", "simclr", "simclr-v2", "byol"] = ""  # default: the method's
     layer: int | None = None  # 0: from the representation; k: from the head's k-th hidden layer
     label_fraction: float = 1.0  # of the training images, balanced over the classes
@@ -88,22 +92,17 @@ class Finetune:
     def __post_init__(self) -> None:
         check_ranges(self, label_fraction=(TINY, 1), freeze=(0, 5), epochs=(0, 1_000_000))
         check_ranges(self, base_lr=(0, math.inf), batch_size=(0, math.inf), seed=(0, 2**32 - 1))
-        check_ranges(self, weight_decay=(0, math.inf), workers=(0, 1_000))
+        check_ranges(self, weight_decay=(0, math.inf))
+        self.check()
 
 
 @dataclass(frozen=True)
-class Transfer:
+class Transfer(Tested):
     """Logistic regression on frozen features of each source, beside baselines if asked."""
 
-    run: Target = ""  # a run's folder or an encoder.safetensors
-    weights: str = ""  # judge these instead: random, pixels, random:NAME, torchvision:NAME[=FILE]
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
-    data: tuple[str, ...] = ("",)  # sources to judge on; default: that of the run
-    image_column: str | None = None  # of a table with several, if not the run's
-    label_column: str | None = None  # likewise
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # of the network; fp32 has TF32 on a GPU
-    workers: int = 8  # decoding processes, where the images do not fit in memory
-    check_content: bool = False  # tell images apart by all their bytes, not by names and sizes
+    data: tuple[str, ...] = ("",)  # type: ignore[assignment]
+    """sources to judge on; default: that of the run"""
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     metric: Literal["", "top1", "mean-per-class", "map11"] = ""
     """default: that of arXiv 2006.07733 App. D for the source's name; else top1, or map11 where
@@ -113,29 +112,22 @@ class Transfer:
 
     def __post_init__(self) -> None:
         check_ranges(self, layer=(-1, math.inf), iterations=(1, math.inf), seed=(0, 2**32 - 1))
-        check_ranges(self, workers=(0, 1_000))
+        self.check()
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbours(Judged):
     """Draw images beside their nearest neighbours; labels are not needed."""
 
-    run: Target = ""  # a run's folder or an encoder.safetensors
-    weights: str = ""  # look through these instead: random, random:NAME, torchvision:NAME[=FILE]
     baselines: tuple[str, ...] = ()  # draw these as well: random, pixels
-    data: str = ""  # images to search; default: those of the run
-    image_column: str | None = None  # of a table with several, if not the run's
-    label_column: str | None = None  # likewise
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # of the network; fp32 has TF32 on a GPU
-    workers: int = 8  # decoding processes, where the images do not fit in memory
-    check_content: bool = False  # tell images apart by all their bytes, not by names and sizes
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     rows: int = 10  # images, evenly spaced over the source
     k: int = 6  # neighbours of each
     out: str = ""  # the picture; default: neighbours.png in the run's folder
 
     def __post_init__(self) -> None:
-        check_ranges(self, layer=(-1, math.inf), rows=(1, 100), k=(1, 50), workers=(0, 1_000))
+        check_ranges(self, layer=(-1, math.inf), rows=(1, 100), k=(1, 50))
+        self.check()
 
 
 @dataclass(frozen=True)

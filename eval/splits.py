@@ -1,8 +1,9 @@
 """Which images train, which choose settings, and which judge: one policy for every evaluation.
 
-    train         the source's training split
+    train         the source's training split, or the run's own where that has labels
     test          its test split; or validation, where test is missing or has no labels (ImageNet);
-                  or else every fifth training image (kNN: all of them, leave-one-out)
+                  or else every fifth training image (kNN: all of them, leave-one-out);
+                  `--test-split` names another, or none
     validation    its validation split, where that is not the test split already; or else a tenth of
                   the training images, at most 10,009 (arXiv 2006.07733 App. C.1), drawn by `--seed`
 
@@ -11,81 +12,123 @@ chosen on. The classes are those of the training split.
 """
 
 import contextlib
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.data import ImageSplit, NoSplit, among, generator, open_images, subset
+from common.data import ImageSplit, among, generator, open_split, subset
 from common.errors import UserError
+from common.plan import NoSplit, Plan
 
 MOST_HELD_OUT = 10_009
 
 
 def open_labelled(
-    source: str, *, multilabel: bool = False, **columns: Any
+    plan: Plan, *, test_split: str = "", multilabel: bool = False
 ) -> tuple[ImageSplit, ImageSplit | None]:
     """The training split and the test split, labelled alike; None where there is no test split.
 
+    Images whose label is missing are left out, which the plan says.
+
     Args:
+        test_split: the split to judge on; "none": none; "": see above.
         multilabel: whether an image may have several labels.
 
     Raises:
         UserError: no labels, or several of an image, fewer than two classes, or classes in test
             that train lacks.
     """
-    train = open_images(source, "train", **columns)
+    source = plan.source
+    train = open_split(plan, plan.how.split)
+    if train.labels is None and plan.how.split not in ("", "train", "all"):
+        with contextlib.suppress(UserError):
+            other = open_split(plan, "train")
+            plan.notes.append(f"{plan.how.split} has no labels: train is judged with in its place")
+            train = other
     if train.labels is None:
-        raise UserError(
-            f"{source}: has no labels; an evaluation needs them (class folders do, or a column of "
-            "a table: --label-column NAME)"
-        )
+        assert train.plan and train.part
+        why = train.plan.labels(train.part).why
+        raise UserError(f"{source}: has no labels, which an evaluation needs: {why}{FOR_LABELS}")
     if train.labels.ndim == 2 and not multilabel:
         raise UserError(
             f"{source}: its images have several labels, which eval.transfer alone judges; "
             "for the others name a column of one label an image (--label-column NAME)"
         )
+    train = labelled_part(train)
+    assert train.labels is not None
     present = present_in(train.labels)
     if len(present) == 0:
         raise UserError(f"{source}: no image has a label")
     if len(present) < 2:
         only = train.classes[present[0]]
         raise UserError(f"{source}: one class only ({only}); nothing to tell apart")
-    test = None
-    for split in ("test", "validation"):
-        with contextlib.suppress(NoSplit):
-            test = open_images(source, split, classes=train.classes, **columns)
-            if test.labels is not None:
-                break
+    test = open_test(plan, train, test_split)
     if test is None:
         return train, None
     if test.labels is None:
-        raise UserError(f"{source}: the test split has no labels")
+        assert test.plan and test.part
+        why = test.plan.labels(test.part).why
+        raise UserError(
+            f"{source}: the test split has no labels ({test.part.name}: {why}); --test-split none "
+            "holds out training images in its place, --test-split NAME takes another split"
+        )
     check_classes(source, "test", test, train)
-    return train, test
+    return train, labelled_part(test)
 
 
-def open_train_test(source: str, **columns: Any) -> tuple[ImageSplit, ImageSplit]:
+FOR_LABELS = "; class folders give labels, or --label-depth N, or --label-column NAME of a table"
+
+
+def open_test(plan: Plan, train: ImageSplit, test_split: str) -> ImageSplit | None:
+    """The split to judge on: the named one; or test or validation, the first that has labels.
+
+    Raises:
+        UserError: the named one is the training split.
+    """
+    assert train.part
+    if test_split == "none" or train.part.name == "all":
+        return None
+    test = None
+    for split in (test_split,) if test_split else ("test", "validation"):
+        with contextlib.suppress(NoSplit) if not test_split else contextlib.nullcontext():
+            part = plan.choose(split)
+            if part is train.part and test_split:
+                raise UserError(f"--test-split {test_split}: is what is trained on")
+            if part is not train.part:
+                test = open_split(plan, split, train.classes)
+                if test.labels is not None:
+                    break
+    return test
+
+
+def labelled_part(images: ImageSplit) -> ImageSplit:
+    """Those whose label is not missing."""
+    return images if images.known is None else subset(images, images.known, "labelled")
+
+
+def open_train_test(plan: Plan, test_split: str = "") -> tuple[ImageSplit, ImageSplit]:
     """The same; without a test split, a fifth of the training images is held out as one."""
-    train, test = open_labelled(source, **columns)
+    train, test = open_labelled(plan, test_split=test_split)
     return hold_out_fifth(train) if test is None else (train, test)
 
 
-def open_validation(source: str, train: ImageSplit, **columns: Any) -> ImageSplit | None:
+def open_validation(plan: Plan, train: ImageSplit, test: ImageSplit) -> ImageSplit | None:
     """The source's own labelled validation split; None where there is none, or it is the test's.
 
     Raises:
         UserError: it has classes that train lacks.
     """
     try:
-        test = open_images(source, "test", classes=train.classes, **columns)
-        validation = open_images(source, "validation", classes=train.classes, **columns)
+        part = plan.choose("validation")
     except NoSplit:
         return None
-    if test.labels is None or validation.labels is None:
+    if part in (train.part, test.part) or test.part is train.part:
         return None
-    check_classes(source, "validation", validation, train)
-    return validation
+    validation = open_split(plan, "validation", train.classes)
+    if validation.labels is None:
+        return None
+    check_classes(plan.source, "validation", validation, train)
+    return labelled_part(validation)
 
 
 def hold_out(count: int, seed: int, pool: Tensor | None = None) -> Tensor:
@@ -155,4 +198,6 @@ def check_classes(source: str, name: str, split: ImageSplit, train: ImageSplit) 
 
 def present_in(labels: Tensor) -> list[int]:
     """The classes that some image is of."""
-    return (labels.unique() if labels.ndim == 1 else labels.any(0).nonzero()[:, 0]).tolist()
+    return (
+        labels[labels >= 0].unique() if labels.ndim == 1 else labels.any(0).nonzero()[:, 0]
+    ).tolist()

@@ -1,5 +1,7 @@
 """What a command is to judge: encoders, each with the images, the processes and the settings."""
 
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,17 +11,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from common.cli import same_place, split_source
+from common.config import SOURCE_FLAGS, SourceConfig, source_config
 from common.data import ImageSplit
 from common.errors import UserError
 from common.files import read_json
 from common.launch import launch
+from common.plan import Plan, plan_of
 from eval.encoder import Encoder, Preprocess, load
 from eval.features import MEMORY_GB, cached, digest_of, encode
 from eval.processes import place
 from eval.splits import hold_out_fifth, open_labelled, open_validation
 from eval.training import Crops, Order
-
-COLUMNS = ("image_column", "label_column")
 
 
 @dataclass
@@ -27,17 +30,19 @@ class Subject:
     """An encoder with the images that it is judged on, and the folder for its results, if any.
 
     Args:
-        columns: of the source; see `COLUMNS`.
+        how: the images are read.
         config: the run's settings; empty without a run.
         accelerator: the processes that share the work.
         cache: the folder of cached features.
         check_content: whether images are told apart by all of their bytes.
         multilabel: whether an image may have several labels.
+        test_split: to judge on; see eval/splits.py.
+        of_run: whether the images are those of the run, perhaps at another place.
     """
 
     encoder: Encoder
     source: str
-    columns: dict[str, str | None]
+    how: SourceConfig
     folder: Path | None
     config: dict[str, Any]
     accelerator: Accelerator
@@ -46,6 +51,8 @@ class Subject:
     cache: Path | None = None
     check_content: bool = False
     multilabel: bool = False
+    test_split: str = ""
+    of_run: bool = False
     opened: dict[str, Any] = field(default_factory=dict, repr=False)  # splits, by name
 
     def __post_init__(self) -> None:
@@ -62,13 +69,35 @@ class Subject:
         """Of views and features."""
         return torch.float64 if self.precision == "fp64" else torch.float32
 
+    @property
+    def plan(self) -> Plan:
+        """Of the source."""
+        if "plan" not in self.opened:
+            self.opened["plan"] = plan_of(self.source, self.how)
+        return self.opened["plan"]
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """How the images are read, and which judge, as far as it was said."""
+        known = {name: getattr(self.how, name) for name in SOURCE_FLAGS}
+        known["test_split"] = self.test_split
+        return {name: value for name, value in known.items() if value not in (None, "")}
+
     def labelled(self) -> tuple[ImageSplit, ImageSplit | None]:
         """The labelled training split of the source and its test split, if it has one."""
         if "labelled" not in self.opened:
-            self.opened["labelled"] = open_labelled(
-                self.source, multilabel=self.multilabel, **self.columns
+            train, test = open_labelled(
+                self.plan, test_split=self.test_split, multilabel=self.multilabel
             )
+            self.opened["labelled"] = train, test
+            self.tell(train, test)
         return self.opened["labelled"]
+
+    def tell(self, *splits: ImageSplit | None) -> None:
+        """Print what is left out and guessed in what has been opened."""
+        parts = [images.part for images in splits if images and images.part]
+        for line in self.plan.lines(*parts) if self.accelerator.is_main_process else ():
+            print(line, file=sys.stderr)
 
     def splits(self) -> tuple[ImageSplit, ImageSplit]:
         """The same; without a test split, a fifth of the training images is held out as one."""
@@ -80,8 +109,7 @@ class Subject:
     def validation(self) -> ImageSplit | None:
         """The source's own validation split; see eval/splits.py."""
         if "validation" not in self.opened:
-            train = self.splits()[0]
-            self.opened["validation"] = open_validation(self.source, train, **self.columns)
+            self.opened["validation"] = open_validation(self.plan, *self.splits())
         return self.opened["validation"]
 
     def digest(self, images: ImageSplit, preprocess: Preprocess | None = None) -> str:
@@ -151,7 +179,7 @@ def subjects(
 ) -> Iterator[Subject]:
     """The run of an evaluation's settings (or `weights` instead of it), then the baselines.
 
-    Columns that the settings leave open are the run's if the source is the run's.
+    What the settings leave open on how to read the images is as in the run if they are the run's.
 
     Args:
         source, layer: in place of the settings' own.
@@ -168,15 +196,16 @@ def subjects(
     encoders += [load(run, name) for name in getattr(s, "baselines", ())]
     if not source:
         raise UserError("say on which images to judge: --data SOURCE")
-    of_run = source == config.get("data")
-    columns = {key: getattr(s, key) or (config.get(key) if of_run else None) for key in COLUMNS}
+    of_run = folder is not None and is_of_run(source, folder, config)
+    told = {name: value for name in SOURCE_FLAGS if (value := getattr(s, name)) not in (None, "")}
+    how = source_config((config if of_run else {}) | told)
     accelerator = launch("fp32")  # bfloat16 is asked for where a network is called
     opened: dict[str, Any] = {}  # all share the decoded images
     for encoder in encoders:
         yield Subject(
             encoder,
             source,
-            columns,
+            how,
             folder / "results" if folder else None,
             config,
             accelerator,
@@ -185,8 +214,33 @@ def subjects(
             cache=folder / "features" if folder else None,
             check_content=s.check_content,
             multilabel=multilabel,
+            test_split=getattr(s, "test_split", ""),
+            of_run=of_run,
             opened=opened,
         )
+
+
+def is_of_run(source: str, run: Path, config: dict[str, Any]) -> bool:
+    """Whether a source holds the images of a run: it is at the same place, or has the same names.
+
+    Raises:
+        UserError: it is the run's own, a local one, and is no longer there.
+    """
+    record = run / "plan.json"
+    known = read_json(record) if record.exists() else {}
+    local = known.get("kind") in ("folder", "tables")
+    there = os.path.exists(os.path.expanduser(split_source(source)[0]))
+    if same_place(source, config["data"]):
+        if local and not there:
+            raise UserError(f"{source}: the run's images are not there any more; say where: --data")
+        return True
+    if not (local and there):
+        return False
+    try:
+        plan = plan_of(source, source_config(config))
+        return plan.names_digest(plan.choose(plan.how.split)) == known.get("names")
+    except UserError:  # it cannot be read in the run's way
+        return False
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -199,7 +253,7 @@ def config_of(run: Path) -> dict[str, Any]:
     record = read_json(path)
     config = record.get("config") if isinstance(record, dict) else None
     if isinstance(config, dict):
-        texts = [config.get(key) for key in ("data", *COLUMNS)]
+        texts = [config.get(key) for key in ("data", "image_column", "label_column")]
         if all(isinstance(text, str | None) for text in texts):
             return config
     raise UserError(f"{path}: not of a run")

@@ -16,6 +16,7 @@ from torch import nn
 
 from common import cli
 from common.checkpoints import Checkpoints
+from common.config import SourceConfig
 from common.data import open_images
 from common.errors import UserError
 from common.launch import launch
@@ -320,12 +321,11 @@ def test_a_hostile_source_in_a_whole_record(tmp_path, capsys):
     encoder = load("", "random:resnet18")
     folder = tmp_path / "run" / "results"
     folder.parent.mkdir()
-    columns = {"image_column": None, "label_column": None}
     images = open_images("demo", "test")
     opened = {"splits": (images, images)}
     config, accelerator = {"data": "demo"}, launch("fp32")
     subject = Subject(
-        encoder, "../../../escape", columns, folder, config, accelerator, opened=opened
+        encoder, "../../../escape", SourceConfig(), folder, config, accelerator, opened=opened
     )
     record(subject, task="knn", protocol="../x", metrics={"top1": 50.0}, interval=1.0, settings={})
     [path] = tmp_path.rglob("*.json")

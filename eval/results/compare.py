@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from common.data import SPLITS
 from common.encoders import CIFAR
+from common.plan import is_whole
 from eval.results.published import DATA, PUBLISHED, SOURCES, Published, data_set
 from eval.results.record import (
     FOLLOWING,
@@ -167,7 +167,7 @@ def data_title(source: str) -> str:
     """A source without the folders that contain it: `../data/cifar10-jpeg` is cifar10-jpeg."""
     on_the_hub = source.count("/") == 1 and not source.startswith((".", "/", "~"))
     path = Path(source)
-    is_split = any(path.name.lower() in names for names in SPLITS.values())  # clothing/train
+    is_split = is_whole(path.name)  # clothing/train
     return source if on_the_hub else "/".join(path.parts[-2:]) if is_split else path.name
 
 

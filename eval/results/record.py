@@ -16,7 +16,7 @@ from statistics import median
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from common.config import RunConfig
+from common.config import SOURCE_FLAGS, RunConfig, source_config
 from common.errors import UserError
 from common.files import atomic_write_bytes, read_json, read_rows
 from common.launch import provenance
@@ -36,8 +36,9 @@ PROTOCOLS = {
     "logistic": "logistic regression",
 }
 # Settings of a command that say what is judged and where it runs, not how it is judged.
-PLACES = {"run", "weights", "baselines", "data", "image_column", "label_column", "layer"}
+PLACES = {"run", "weights", "baselines", "data", "layer", *SOURCE_FLAGS, "test_split"}
 PLACES |= {"protocol", "metric", "out", "workers", "processes", "memory_gb", "check_content"}
+EARLY = {"image_column", "label_column"}  # which the ids of the first runs have, though unset
 # What follows from the protocol, the images and the encoder, and so tells no judgements apart.
 FOLLOWING = {"lr", "epochs", "batch_size", "chosen_of", "chosen_on", "regularisation"}
 FOLLOWING |= {"validation", "features"}
@@ -54,7 +55,7 @@ class Result:
     subject: str  # encoder, random, pixels, or the value of --weights
     layer: int  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
     data: str  # the SOURCE judged on
-    columns: dict[str, str]  # of the source, where they were named
+    columns: dict[str, Any]  # how the images are read, as far as it was said
     metric: str  # the name of the headline metric
     metrics: dict[str, float]  # in percent, by name
     interval: float  # half the width, in percent, of the headline's 95 % interval
@@ -124,7 +125,7 @@ def record(
         subject=subject.encoder.name,
         layer=subject.encoder.layer,
         data=subject.source,
-        columns={key: column for key, column in subject.columns.items() if column},
+        columns=subject.columns,
         metric=metric,
         metrics={name: round(value, 3) for name, value in metrics.items() if value is not None},
         interval=interval,
@@ -189,13 +190,14 @@ def record_name(
     It can be read, and no other judgement of the run has it. A setting that is not set (None, 0,
     "") is as one that does not exist: a new one leaves the names of older records as they are.
     """
-    encoder, of_run = subject.encoder, subject.source == subject.config.get("data")
+    encoder, of_run = subject.encoder, subject.of_run
     parts = readable(task, protocol, settings, encoder.layer, encoder.name)
     if not of_run:
         parts.append(f"on-{subject.source}")
-    columns = {key: column for key, column in subject.columns.items() if column}
-    if of_run:  # a run's own columns are not told
-        columns = {k: v for k, v in columns.items() if v != subject.config.get(k)}
+    columns = subject.columns
+    if of_run:  # a run's own are not told
+        own = source_config(subject.config)
+        columns = {k: v for k, v in columns.items() if v != getattr(own, k, None)}
     given = {k: v for k, v in settings.items() if v and k not in FOLLOWING}
     where = "" if of_run else subject.source
     where = os.path.realpath(where) if os.path.exists(where) else where  # a folder of that name
@@ -220,6 +222,9 @@ def digest(value: Any) -> str:
 def run_id(method: str, settings: Mapping[str, Any]) -> str:
     """What names a run by its method and settings, its seed among them, and not by its folder."""
     kept = {key: value for key, value in settings.items() if key not in FREE}
+    kept["split"] = kept.get("split") or "train"
+    unset = {key for key in SOURCE_FLAGS if kept.get(key) in (None, "")} - EARLY
+    kept = {key: value for key, value in kept.items() if key not in unset}
     return digest({"method": method, "settings": kept})
 
 

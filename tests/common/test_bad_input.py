@@ -19,10 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common import augment, data
+from common import augment
 from common.augment import Batched
 from common.data import ImageSplit, decode, open_images, pad
 from common.errors import UserError
+from common.plan import plan_of
 from simclr.augment import views
 from simclr.config import CIFAR10
 
@@ -265,7 +266,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     began = time.perf_counter()
     with pytest.raises(UserError, match="nobody/nothing: not a local path, and the Hub cannot be"):
-        data.load_hub("nobody/nothing", "train")
+        plan_of("nobody/nothing")
     assert time.perf_counter() - began < 5
 
 
@@ -284,6 +285,6 @@ def test_a_hub_that_answers_is_left_to_say_what_is_wrong(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", split_names)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", split_names)
     with pytest.raises(UserError, match="nobody/nothing is not on the Hub"):
-        data.load_hub("nobody/nothing", "train")
+        plan_of("nobody/nothing")

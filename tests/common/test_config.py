@@ -100,7 +100,7 @@ FREE = {
 }  # fmt: skip
 FIXED = {
     "seed": 2, "split": "test", "image_column": "a", "label_column": "b", "precision": "bf16",
-    "online_linear": True,
+    "online_linear": True, "label_depth": 2, "alpha": "drop", "value_range": (0.0, 1.0),
 }  # fmt: skip
 
 
@@ -109,7 +109,8 @@ def test_a_free_setting_may_change_and_a_fixed_one_may_not(refuse):
     refuse(run_cfg=replace(RUN, **FREE))
     assert FREE.keys() | FIXED.keys() == {f.name for f in dataclasses.fields(RunConfig)}
     for name, value in FIXED.items():
-        said = re.escape(f"{name} {getattr(RUN, name)!r} (now {value!r})")
+        now = list(value) if isinstance(value, tuple) else value
+        said = re.escape(f"{name} {getattr(RUN, name)!r} (now {now!r})")
         with pytest.raises(UserError, match=said):
             refuse(run_cfg=replace(RUN, **{name: value}))
     with pytest.raises(UserError) as caught:

@@ -9,7 +9,9 @@ from accelerate import Accelerator
 import eval.finetune
 import eval.linear
 from common import demo, encoders
+from common.config import SourceConfig
 from common.launch import launch
+from common.plan import plan_of
 from common.views import ViewPairs
 from eval.encoder import Encoder, Pixels, Preprocess, build_seeded
 from eval.features import extract
@@ -27,7 +29,7 @@ PREPROCESS = Preprocess.of(32)
 
 
 def knn(network: torch.nn.Module) -> float:
-    train, test = open_train_test("demo")
+    train, test = open_train_test(plan_of("demo"))
     bank, labels = extract(network.eval(), train, PREPROCESS)
     queries, truth = extract(network.eval(), test, PREPROCESS)
     ranking, _ = predict(queries, bank, labels, classes=10, k=20, temperature=0.1)
@@ -36,7 +38,7 @@ def knn(network: torch.nn.Module) -> float:
 
 def subject_of(network: torch.nn.Module) -> Subject:
     encoder = Encoder(network.eval(), PREPROCESS, "encoder")
-    return Subject(encoder, "demo", {}, None, {}, launch("fp32"))
+    return Subject(encoder, "demo", SourceConfig(), None, {}, launch("fp32"))
 
 
 def linear(network: torch.nn.Module) -> float:
@@ -77,7 +79,7 @@ def test_labels_tell_nearly_all():
 def pretrained(shuffled: bool) -> torch.nn.Module:
     """SimCLR's demo recipe for a fifth of its length; `shuffled`: partners of other images."""
     cfg = replace(DEMO, epochs=8, warmup_epochs=0.8)
-    train, _ = open_train_test("demo")
+    train, _ = open_train_test(plan_of("demo"))
     pairs = ViewPairs(train, augment.views(cfg), batch_size=cfg.batch_size, seed=1)
     torch.manual_seed(1)
     model = SimCLR(encoders.build("demo"), cfg.head_layers, cfg.head_dim)

@@ -7,6 +7,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from common.config import SourceConfig
 from common.data import ImageSplit
 from common.files import read_json
 from common.launch import launch
@@ -45,7 +46,10 @@ def subject_of(folder, network=None, method="simclr", counts=(120, 30), name="en
     encoder = Encoder(network, Preprocess(12, crop=1.0), name, {"method": method, **metadata})
     opened = {"splits": tuple(map(coloured, counts)), "validation": None}
     opened["labelled"] = opened["splits"]
-    return Subject(encoder, "x", {}, folder, config, launch("fp32"), opened=opened)
+    of_run = config.get("data") == "x"
+    return Subject(
+        encoder, "x", SourceConfig(), folder, config, launch("fp32"), of_run=of_run, opened=opened
+    )
 
 
 def save_encoder(path, network, name="demo", preprocess=None, **changes):

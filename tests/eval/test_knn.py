@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.config import SourceConfig
 from common.launch import launch
 from eval.encoder import Encoder, Preprocess
 from eval.knn import OnlineKNN, Settings, accuracy, judge, nearest, predict, subsample, vote
@@ -130,7 +131,7 @@ def test_accuracy():
 
 
 def test_the_online_knn_leaves_the_encoder_as_it_was(monkeypatch):
-    monkeypatch.setattr("eval.knn.open_train_test", lambda source: (coloured(90), coloured(30)))
+    monkeypatch.setattr("eval.knn.open_train_test", lambda plan: (coloured(90), coloured(30)))
     knn, encoder = OnlineKNN("x", Preprocess(12)), Network().train()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     assert knn(encoder, "cpu") == 100.0
@@ -146,7 +147,9 @@ def test_only_images_that_are_judged_are_counted(tmp_path, left_out):
     encoder = Encoder(Network().eval(), Preprocess(12), "encoder")
     opened = {"labelled": (train, None if left_out else test)}
     config, accelerator = {"data": "x"}, launch("fp32")
-    subject = Subject(encoder, "x", {}, tmp_path, config, accelerator, opened=opened)
+    subject = Subject(
+        encoder, "x", SourceConfig(), tmp_path, config, accelerator, of_run=True, opened=opened
+    )
     judge(subject, Settings(k=(5,)))
     row = record_of(tmp_path)
     assert (row["train_images"], row["test_images"]) == (89, 89 if left_out else 29)

@@ -240,13 +240,6 @@ def test_it_needs_labels(method, source, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_it_takes_the_labels_of_the_training_split(source, tmp_path, capsys):
-    argv = flags(source, tmp_path / "run", "--batch-size", 4, "--online-linear", "--split", "test")
-    assert "--online-linear: takes labels of --split train, not test" in refused(
-        capsys, "byol", *argv
-    )
-
-
 def test_without_a_test_split_it_does_not_see_the_labels_that_it_is_tested_on(
     tmp_path, monkeypatch, capsys
 ):

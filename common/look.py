@@ -1,0 +1,166 @@
+"""Look at a SOURCE as a run would read it, without training: its plan, and a sheet of images.
+
+    python -m common.look SOURCE
+    python -m common.look SOURCE --split val --out DIR        # DIR/plan.json and DIR/sheet.png
+
+Prints the splits with their numbers of images and classes, what is passed over, left out or
+guessed, and the kinds of a sample of 64 images. The status is 2 where a run would refuse.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from PIL import Image, ImageDraw
+
+from common import cli, formats
+from common.config import SourceConfig
+from common.errors import UserError, printable
+from common.files import atomic_write, atomic_write_bytes, naming
+from common.plan import MAX_BAD, Labels, Part, Plan, counted, plan_of, told
+
+SHOWN = 12  # classes in a line
+TILE, CAPTION, ACROSS = 112, 14, 8  # pixels, pixels, tiles
+
+
+@dataclass(frozen=True)
+class Settings(SourceConfig):
+    """What to look at."""
+
+    data: Annotated[str, tyro.conf.Positional] = "demo"  # SOURCE: demo, a folder, tables, a Hub id
+    out: str = ""  # folder for plan.json and sheet.png; default: nothing is written
+
+    def __post_init__(self) -> None:
+        self.check()
+
+
+def main(settings: Settings) -> None:
+    plan = plan_of(settings.data, settings)
+    print(f"{printable(plan.source)}: {kind_of(plan)}")
+    for part in plan.parts:
+        print(line_of(plan, part))
+    part = plan.choose(settings.split)
+    lines = plan.lines(part)
+    for kind, sizes in kinds_of(plan).items():
+        print(f"  sample: {kind}, {sizes}")
+    for line in lines:
+        print(f"  {line.removeprefix(f'{printable(plan.source)}: ')}")
+    images = "?" if part.count is None else counted(part.count, "image")
+    print(f"a run reads: {printable(part.name) or 'everything'}, {images}")
+    if settings.out:
+        write(plan, part, Path(settings.out))
+    check_sample(plan)
+
+
+def kind_of(plan: Plan) -> str:
+    total = sum(part.count or 0 for part in plan.parts)
+    kind = {"tables": "tables", "hub": "of the Hub, not fetched", "demo": "embedded"}
+    return f"{kind.get(plan.kind, 'a folder')}, {counted(total, 'image')}"
+
+
+def line_of(plan: Plan, part: Part) -> str:
+    """A split: its images, and its classes with their counts."""
+    count = "?" if part.count is None else f"{part.count:,}"
+    return f"  {printable(part.name) or 'all':<12} {count:>9} images  {classes_of(plan, part)}"
+
+
+def classes_of(plan: Plan, part: Part) -> str:
+    labels = labels_of(plan, part)
+    if labels is None or labels.values is None:
+        return "no labels" if labels else ""
+    known = [v for value in labels.values for v in (value if isinstance(value, list) else [value])]
+    counts = Counter(str(value) for value in known if value is not None)
+    some = {printable(name): counts[name] for name in sorted(counts)[:SHOWN]}
+    more = f", and {len(counts) - SHOWN:,} more" if len(counts) > SHOWN else ""
+    missing = f"; missing {labels.missing:,}" if labels.missing else ""
+    return f"{counted(len(counts), 'class')} by {labels.origin}: {told(some)}{more}{missing}"
+
+
+def labels_of(plan: Plan, part: Part) -> Labels | None:
+    """The labels of a split; None where they are not on this disk, or are the demo's."""
+    here = plan.kind == "folder" or (part.table is not None and part.table.local)
+    return plan.labels(part) if here else None
+
+
+def kinds_of(plan: Plan) -> dict[str, str]:
+    """Kinds of the images of the sample, with the sizes of each."""
+    plan.reading  # noqa: B018
+    kinds: dict[str, str] = {}
+    for kind, count in plan.sampled().items():
+        sizes = [(x.width, x.height) for x in plan.looks if plan.kind_of(x) == kind]
+        sides = [f"{min(each)} to {max(each)}" for each in zip(*sizes, strict=True)]
+        same = len(set(sizes)) == 1
+        size = f"{sizes[0][0]} x {sizes[0][1]} px" if same else f"{sides[0]} x {sides[1]} px"
+        kinds[f"{count} {kind}"] = size
+    return kinds
+
+
+def check_sample(plan: Plan) -> None:
+    """Refuse a source of which a run would find too many images undecodable.
+
+    Raises:
+        UserError: there are too many in the sample.
+    """
+    bad, tried = plan.undecodable, len(plan.looks) + len(plan.undecodable)
+    if bad and (not plan.looks or len(bad) > max(1, MAX_BAD * tried)):
+        raise UserError(f"{len(bad)} of {tried} images tried cannot be decoded, e.g. {bad[0]}")
+
+
+def write(plan: Plan, part: Part, folder: Path) -> None:
+    """Write plan.json and sheet.png."""
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(plan.record(part), indent=1).encode() + b"\n"
+    atomic_write_bytes(folder / "plan.json", content)
+    with atomic_write(folder / "sheet.png") as aside:
+        sheet(plan).save(aside, "PNG")
+    print(f"written: {printable(str(folder))}/plan.json, sheet.png (the sample as it is read)")
+
+
+def sheet(plan: Plan) -> Image.Image:
+    """The images of the sample as they are read, each with its name; a cross for a bad one."""
+    sample = list(demo_sample() if plan.kind == "demo" else plan.sample())
+    rows = max(1, -(-len(sample) // ACROSS))
+    page = Image.new("RGB", (ACROSS * (TILE + 4), rows * (TILE + CAPTION + 4)), "white")
+    draw = ImageDraw.Draw(page)
+    for i, image in enumerate(sample):
+        x, y = i % ACROSS * (TILE + 4) + 2, i // ACROSS * (TILE + CAPTION + 4) + 2
+        try:
+            tile = (
+                formats.read(image, plan.reading) if not isinstance(image, Image.Image) else image
+            )
+        except Exception:
+            draw.line((x, y, x + TILE, y + TILE), "red", 2)
+            draw.line((x, y + TILE, x + TILE, y), "red", 2)
+        else:
+            scale = TILE / max(tile.size)
+            side = [max(1, round(scale * length)) for length in tile.size]
+            page.paste(tile.resize((side[0], side[1])), (x, y))
+        draw.text((x, y + TILE), caption(image, i), "black")
+    return page
+
+
+def caption(image: Any, i: int) -> str:
+    """The end of an image's path, as far as there is room."""
+    path = image.get("path") if isinstance(image, dict) else image
+    name = "/".join(Path(path).parts[-2:]) if isinstance(path, str) else f"image {i}"
+    return name.encode("ascii", "replace").decode()[-18:]
+
+
+def demo_sample() -> Sequence[Image.Image]:
+    from common import demo  # which draws with torch
+
+    pixels = demo.split("train")[0][::80]
+    return [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in pixels]
+
+
+if __name__ == "__main__":
+    arguments = cli.run(
+        cli.parse_settings, Settings, sys.argv[1:], "python -m common.look", __doc__
+    )
+    cli.run(main, arguments)
