@@ -30,13 +30,13 @@ class SourceConfig:
     """
 
     split: str = fixed("", means="train")
-    """split to train on: train, or the source's own name of one; all: everything; default: train,
+    """split to train on: train, a name of the source's own, or all for everything; default: train,
     if it is clear what that is"""
     image_column: str | None = fixed(None)  # column of the images, where a table has several
     label_column: str | None = fixed(None)  # column of the labels, which are never needed to train
     label_depth: int | None = fixed(None)
     """folders that make up a label, from the top; 0: no labels; default: the first"""
-    alpha: Literal["", "white", "drop"] = fixed("")
+    alpha: Literal["white", "drop"] | None = fixed(None)
     """fourth channel: white lays the image over white, drop ignores the channel; default: white, if
     it is clear that the channel is one of opacity"""
     value_range: tuple[float, float] | None = fixed(None)

@@ -44,14 +44,12 @@ def main(settings: Settings) -> None:
     print(f"{printable(plan.source)}: {kind_of(plan)}")
     for part in plan.parts:
         print(line_of(plan, part))
-    part = plan.choose(settings.split)
-    lines = plan.lines(part)
     for kind, sizes in kinds_of(plan).items():
         print(f"  sample: {kind}, {sizes}")
-    for line in lines:
-        print(f"  {line.removeprefix(f'{printable(plan.source)}: ')}")
+    part = plan.choose(settings.split)
     images = "?" if part.count is None else counted(part.count, "image")
-    print(f"a run reads: {printable(part.name) or 'everything'}, {images}")
+    print(f"a run trains on: {printable(part.name) or 'everything'}, {images}; it says:")
+    print("\n".join(plan.lines(part)))
     if settings.out:
         write(plan, part, Path(settings.out))
     check_sample(plan)
@@ -148,8 +146,10 @@ def sheet(plan: Plan) -> Image.Image:
 def caption(image: Any, i: int) -> str:
     """The end of an image's path, as far as there is room."""
     path = image.get("path") if isinstance(image, dict) else image
-    name = "/".join(Path(path).parts[-2:]) if isinstance(path, str) else f"image {i}"
-    return name.encode("ascii", "replace").decode()[-18:]
+    name = f"image {i}"
+    if isinstance(path, str) and path:
+        name = f"{Path(path).parent.name[:9]}/{Path(path).stem[-8:]}"
+    return printable(name).encode("ascii", "replace").decode()
 
 
 def demo_sample() -> Sequence[Image.Image]:

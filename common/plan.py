@@ -234,7 +234,7 @@ class Plan:
         assert part.table is not None
         column = tables.label_column(part.table, self.source, self.how.label_column)
         if column is None:
-            return Labels(None, why="no column of labels that is known by its name or kind")
+            return Labels(None, why="no usual column of labels; --label-column NAME takes one")
         values, names = part.table.labels(column)
         labels = Labels(values, f"column {column!r}", names=names)
         return without_unknown(labels, f"in {column!r}")
@@ -257,7 +257,7 @@ class Plan:
                     f"fewer folders above, e.g. {shown}"
                 )
         elif len(flat) == len(parts):
-            return Labels(None, why="no class folders")
+            return Labels(None, why="no class folders, no metadata.csv")
         elif flat:
             classes = listed(sorted({above[0] + os.sep for above in parts if above}))
             names = listed([os.path.basename(path) for path in flat], 3)
@@ -308,7 +308,7 @@ class Plan:
         Raises:
             UserError: it is not decided.
         """
-        given = Reading(self.how.alpha, self.how.value_range)
+        given = Reading(self.how.alpha or "", self.how.value_range)
         for i, image in enumerate(self.sample()):
             try:
                 self.looks.append(look_at(image))
@@ -342,9 +342,13 @@ class Plan:
             if self.kind == "folder" or (part.table is not None and part.table.local):
                 labels = self.labels(part)
                 lines += labels.notes
+                where = f" of {part.name}" if part.name else ""
                 if labels.values is None:
-                    where = f" in {part.name}" if part.name else ""
                     lines.append(f"no labels{where}: {labels.why}")
+                elif part is parts[0]:
+                    several = any(value != labels.values[0] for value in labels.values)
+                    one = f": of one class only, {labels.values[0]}" if not several else ""
+                    lines.append(f"labels by {labels.origin}{one}")
         lines += self.notes
         if sample := self.sampled():
             count = len(self.looks) + len(self.undecodable)
@@ -352,7 +356,8 @@ class Plan:
         if self.passed_over:
             files = counted(sum(self.passed_over.values()), "other file")
             lines.append(f"{files} passed over: {told(self.passed_over)}")
-        return [printable(f"{self.source}: {line}") for line in dict.fromkeys(lines)]
+        first, *others = dict.fromkeys(lines) if lines else ["nothing to say"]
+        return [printable(f"{self.source}: {first}"), *[printable(f"  {each}") for each in others]]
 
     def record(self, part: Part) -> dict[str, Any]:
         """The plan as JSON has it."""

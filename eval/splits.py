@@ -48,7 +48,7 @@ def open_labelled(
     if train.labels is None:
         assert train.plan and train.part
         why = train.plan.labels(train.part).why
-        raise UserError(f"{source}: has no labels, which an evaluation needs: {why}{FOR_LABELS}")
+        raise UserError(f"{source}: has no labels, which an evaluation needs: {why}")
     if train.labels.ndim == 2 and not multilabel:
         raise UserError(
             f"{source}: its images have several labels, which eval.transfer alone judges; "
@@ -74,9 +74,6 @@ def open_labelled(
         )
     check_classes(source, "test", test, train)
     return train, labelled_part(test)
-
-
-FOR_LABELS = "; class folders give labels, or --label-depth N, or --label-column NAME of a table"
 
 
 def open_test(plan: Plan, train: ImageSplit, test_split: str) -> ImageSplit | None:

@@ -318,7 +318,7 @@ def test_every_file_is_used_or_counted(tmp_path_factory, layout):
     except UserError as error:
         assert str(root) in str(error) and "\n" not in str(error)
         return
-    told = [line.split(": ", 1)[1] for line in lines.split("\n") if line]
+    told = [line.removeprefix(f"{root}: ").strip() for line in lines.split("\n")]
     numbers = {"read": part.count}
     for line in told:
         if match := re.match(r"split .*; not read here: (.*)", line):
