@@ -25,7 +25,7 @@ from common import demo
 from common.config import SourceConfig
 from common.errors import UserError, printable
 from common.formats import MAX_SIDE, Reading, read
-from common.plan import MAX_BAD, Part, Plan, name_of, plan_of, reason_of
+from common.plan import MAX_BAD, Part, Plan, plan_of, undecodable
 from common.tables import Table, image_column
 
 AS_STORED = Reading()
@@ -144,7 +144,7 @@ class ImageSplit:
             image = self.encoded[index]
             return decode(image, self.reading)
         except Exception as error:
-            self.note_bad({index: printable(f"{name_of(image, index)} ({reason_of(error)})")})
+            self.note_bad({index: undecodable(image, index, error)})
             return None
 
     def note_bad(self, bad: dict[int, str]) -> None:

@@ -313,7 +313,7 @@ class Plan:
             try:
                 self.looks.append(look_at(image))
             except Exception as error:  # a run meets it again, and counts it
-                self.undecodable.append(f"{name_of(image, i)} ({reason_of(error)})")
+                self.undecodable.append(undecodable(image, i, error))
         reading, lines = settle(self.looks, given, self.source)
         self.notes += lines
         return reading
@@ -409,15 +409,17 @@ def told(counts: dict[str, int]) -> str:
 
 
 def name_of(image: Any, index: int) -> str:
-    """The path of an image, if it has one; cut where that is no path but a text of any length."""
+    """The path of an image, if it has one."""
     path = image.get("path") if isinstance(image, dict) else image
-    name = str(path) if isinstance(path, str | Path) else f"image {index}"
-    return name if len(name) <= MOST_NAME else f"{name[:40]}... ({len(name):,} characters)"
+    return str(path) if isinstance(path, str | Path) else f"image {index}"
 
 
-def reason_of(error: Exception) -> str:
-    """Why an image cannot be decoded, in a line of its message."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:MOST_NAME]
+def undecodable(image: Any, index: int, error: Exception) -> str:
+    """Which image cannot be decoded and why; a cell that should be a path may be any long text."""
+    name = name_of(image, index)
+    name = name if len(name) <= MOST_NAME else f"{name[:40]}... ({len(name):,} characters)"
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:MOST_NAME]
+    return printable(f"{name} ({reason})")
 
 
 def without_unknown(labels: Labels, where: str) -> Labels:

@@ -42,8 +42,9 @@ if __name__ == "__main__":  # a mistake is reported before torch is imported
 import torch
 from torch import Tensor, nn
 
-from common.data import ImageSplit, among, generator, name_of, subset
+from common.data import ImageSplit, among, generator, subset
 from common.errors import UserError
+from common.plan import name_of
 from eval.batch_norm import globalize
 from eval.encoder import Cut, Encoder, load
 from eval.knn import accuracy
