@@ -1,7 +1,11 @@
 """What there is: `python -m byol` lists the recipes of this folder and the commands for them."""
 
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C is no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from .config import PUBLISHED, RECIPES, Config
 

@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 
 import tyro
 
+import common
 from common import config
 from common.config import Recipe, RunConfig
-from common.errors import UserError, explain, printable
+from common.errors import UserError, explain, make_console_lenient, printable
+from common.files import path_of
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -61,7 +63,7 @@ def parse(
         description=f"Recipes (first argument): {', '.join(recipes)}.",
     )
     try:
-        cfg, run_cfg = kind(**vars(parsed.paper)), RunConfig(**vars(parsed.run))
+        cfg, run_cfg = kind(**located(parsed.paper)), RunConfig(**located(parsed.run))
         cfg.check_world_size(world_size())  # type: ignore[attr-defined]
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -69,9 +71,7 @@ def parse(
     check_source(cfg.data)  # type: ignore[attr-defined]
     if Path(run_cfg.out).is_file():
         raise UserError(f"--out {run_cfg.out}: a file; give a folder")
-    config.refuse_other(
-        Path(run_cfg.out), method, config.flat(cfg, run_cfg), config.old_names(kind)
-    )
+    config.refuse_other(Path(run_cfg.out), method, cfg, run_cfg, may_be_same)
     return name, cfg, run_cfg
 
 
@@ -79,12 +79,14 @@ def parse_settings(kind: type[C], argv: Sequence[str], prog: str, description: s
     """The settings of an evaluation, a dataclass whose `__post_init__` checks them.
 
     Raises:
-        UserError: a value makes no sense, or `run`, `runs` or `data` is nothing there.
+        UserError: a value makes no sense, `run`, `runs` or `data` is nothing there, or a path is
+            empty.
         SystemExit: as `parse`.
     """
+    refuse_empty(kind, argv)
     parsed = tyro.cli(_without_checks(kind), args=argv, prog=prog, description=description)
     try:
-        settings = kind(**vars(parsed))
+        settings = kind(**located(parsed))
     except ValueError as error:
         raise UserError(str(error)) from error
     for target in (getattr(settings, "run", ""), *getattr(settings, "runs", ())):
@@ -104,10 +106,12 @@ def run(function: Callable[..., T], *args: Any) -> T:
     disk or a lost process may be met by any. Ctrl-C is no fault: one line, and status 130.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters there is an error in decode
+    make_console_lenient()
     try:
-        return function(*args)
+        with common.interruptible():
+            return function(*args)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # of `... --help | head`
@@ -120,7 +124,7 @@ def run(function: Callable[..., T], *args: Any) -> T:
         line = explain(error)
         if line is None:
             raise
-        print("error:", line, file=sys.stderr)
+        print("error:", printable(line), file=sys.stderr)
         sys.exit(2)
 
 
@@ -128,8 +132,23 @@ def run(function: Callable[..., T], *args: Any) -> T:
 
 
 def world_size() -> int:
-    """The number of processes that a launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes that a launcher has started.
+
+    Raises:
+        UserError: the environment has no number.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise UserError(
+            f"WORLD_SIZE={text} in the environment: not a number of processes; unset it"
+        )
+    return int(text)
+
+
+def is_first() -> bool:
+    """Whether this process tells what all meet: of several the first, and a single one always."""
+    world, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "")
+    return not (world.isdigit() and rank.isdigit() and 0 < int(rank) < int(world))
 
 
 def check_environment(run_cfg: RunConfig, arch: str) -> None:
@@ -181,42 +200,122 @@ def check_source(source: str) -> None:
     Raises:
         UserError: no such folder or file.
     """
+    if not source.strip():
+        raise UserError("--data: an empty name, perhaps of a variable that is not set")
+    path, _ = split_source(source)
     try:
-        there = source == "demo" or os.path.exists(os.path.expanduser(source))
+        there = path == "demo" or os.path.exists(path_of(os.path.expanduser(path)))
     except ValueError as error:
         raise UserError(f"{source}: no path ({error})") from error
     if not there and not is_hub_id(source):
         raise UserError(f"{source}: no such folder or file (nor a Hub id of the form owner/name)")
 
 
+def split_source(source: str) -> tuple[str, str]:
+    """A SOURCE as a path or Hub id, and the configuration behind its last colon, or "".
+
+    What exists under the whole of the name is a path with a colon in it.
+    """
+    path, colon, configuration = source.rpartition(":")
+    if not (colon and path and configuration) or is_there(source):
+        return source, ""
+    if re.search(r"[/\\]", configuration) and not is_there(path):
+        return source, ""
+    return path, configuration
+
+
+def is_there(path: str) -> bool:
+    return os.path.lexists(path_of(os.path.expanduser(path)))
+
+
 def is_hub_id(source: str) -> bool:
     """Whether `source` has the form owner/name or owner/name:CONFIG."""
-    name = r"[\w-]+/[\w.-]+(:.+)?"
-    return bool(re.fullmatch(name, source)) and not source.startswith((".", "~"))
+    name, _ = split_source(source)
+    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", name)) and not name.startswith((".", "~"))
 
 
-def same_place(one: str, other: str) -> bool:
-    """Whether two sources are the same, whatever way their paths are written."""
+def absolute(source: str) -> str:
+    """A SOURCE of the command line or of a record that any later command finds.
 
-    def place(source: str) -> tuple[str, str]:
-        name, configuration = split_source(source)
-        path = os.path.expanduser(name)
-        return (os.path.realpath(path) if os.path.exists(path) else name), configuration
-
-    return place(one) == place(other)
-
-
-def split_source(source: str) -> tuple[str, str]:
-    """(path or Hub id, configuration) of `folder:CONFIG` or `owner/name:CONFIG`; else (source, "").
-
-    A path that exists as it stands has no configuration.
+    A path that exists is made absolute, and so is never asked of the Hub; `~` is the home folder.
     """
-    name, colon, configuration = source.rpartition(":")
-    if not colon or os.path.exists(os.path.expanduser(source)):
-        return source, ""
-    if os.path.exists(os.path.expanduser(name)) or is_hub_id(source):
-        return name, configuration
-    return source, ""
+    path, configuration = split_source(source)
+    here = path_of(os.path.expanduser(path))
+    if path == "demo" or not os.path.lexists(here):
+        return source
+    here = str(Path(here).absolute())
+    return f"{here}:{configuration}" if configuration else here
+
+
+def may_be_same(old: str, new: str) -> bool:
+    """Whether two SOURCEs may be the same images: both are local, or they are written alike.
+
+    A folder may have been moved: only its files can tell.
+    """
+    old, new = absolute(old), absolute(new)
+    same_configuration = split_source(old)[1] == split_source(new)[1]
+    return old == new or (same_configuration and is_local(old) and is_local(new))
+
+
+def is_local(source: str) -> bool:
+    """Whether a SOURCE is a path: it is there, or has another form than a data set on the Hub."""
+    return split_source(source)[0] != "demo" and (os.path.isabs(source) or not is_hub_id(source))
+
+
+# ---- paths ---------------------------------------------------------------------------------------
+
+PATHS = ("run", "runs", "out", "report", "keep", "results", "subset")
+WEIGHTS = ("weights", "baselines")  # with a file behind "="
+
+
+def located(parsed: Any) -> dict[str, Any]:
+    """The settings by name, `~` in every path replaced, and sources made `absolute`."""
+
+    def each(change: Callable[[str], str], value: Any) -> Any:
+        return change(value) if isinstance(value, str) else tuple(map(change, value))
+
+    known: dict[str, Callable[[str], str]] = {"data": absolute}
+    known |= {name: expanded for name in PATHS} | {name: file_expanded for name in WEIGHTS}
+    return {
+        name: each(known[name], value) if name in known else value
+        for name, value in vars(parsed).items()
+    }
+
+
+def expanded(path: str) -> str:
+    """A path of the command line as it is on the disk.
+
+    Raises:
+        ValueError: its `~` names no user.
+    """
+    path = os.path.expanduser(path)
+    if path.startswith("~"):
+        raise ValueError(f"{path}: no such home folder; a file of that name is ./{path}")
+    return path_of(path)
+
+
+def file_expanded(weights: str) -> str:
+    name, equals, file = weights.partition("=")
+    return f"{name}={expanded(file)}" if equals else weights
+
+
+def refuse_empty(kind: type, argv: Sequence[str]) -> None:
+    """Refuse an empty path that was given, which would be taken for one that was not.
+
+    Raises:
+        UserError: with its flag.
+    """
+    names = {f.name for f in dataclasses.fields(kind)} & {*PATHS, *WEIGHTS, "data"}
+    flag = ""
+    for word in argv:
+        given, equals, value = word.partition("=")
+        if word.startswith("--"):
+            flag = given
+        if not (value if equals and word.startswith("--") else word).strip():
+            where = flag.removeprefix("--").replace("-", "_")
+            if not flag or where in names:
+                told = flag or "RUN"
+                raise UserError(f"{told}: an empty name, perhaps of a variable that is not set")
 
 
 # ---- tyro ----------------------------------------------------------------------------------------
@@ -230,7 +329,7 @@ def _without_checks(kind: type[C]) -> type[C]:
 
 def _today(flags: Sequence[str], kind: type) -> list[str]:
     """The flags with old spellings, which fields name in their metadata, in place of new ones."""
-    new = config.old_names(kind)
+    new = config.old_names(kind) | config.old_names(RunConfig)
     result = []
     for word in flags:
         flag, equals, value = word.partition("=")

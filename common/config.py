@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, to_json
 
 TINY = 1e-6  # the least of what must be more than 0
 
@@ -17,9 +18,13 @@ C = TypeVar("C")
 Recipe = tuple[C, dict[str, Any]]  # a method's config, and the run's settings that it needs changed
 
 
-def fixed(default: Any, **metadata: Any) -> Any:
-    """A setting that must stay what it was when a run goes on."""
-    return dataclasses.field(default=default, metadata={"fixed": True} | metadata)
+def fixed(default: Any, **about: Any) -> Any:
+    """A setting that must stay what it was when a run goes on.
+
+    Args:
+        about: `means`, what "" or None stand for; `was`, a former name.
+    """
+    return dataclasses.field(default=default, metadata={"fixed": True, **about})
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class RunConfig(SourceConfig):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)  # where to log to
 
     def __post_init__(self) -> None:
-        if not self.out:
+        if not self.out.strip():
             raise ValueError("--out: an empty name, perhaps of a variable that is not set")
         check_ranges(
             self,
@@ -126,7 +131,7 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
 
 def flat(cfg: Any, run_cfg: RunConfig) -> dict[str, Any]:
     """Both configs as one dictionary, as JSON has it."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg) | dataclasses.asdict(run_cfg)))
+    return json.loads(to_json(dataclasses.asdict(cfg) | dataclasses.asdict(run_cfg)))
 
 
 def old_names(kind: type) -> dict[str, str]:
@@ -142,34 +147,69 @@ def overridden(cfg: Any, run_cfg: RunConfig, recipe: Recipe) -> list[str]:
 
 
 def refuse_other(
-    folder: Path, method: str, settings: dict[str, Any], renamed: dict[str, str]
+    folder: Path,
+    method: str,
+    cfg: Any,
+    run_cfg: Any,
+    same_data: Callable[[str, str], bool] = operator.eq,
 ) -> None:
     """Refuse to go on in a folder that holds a run of other settings.
 
-    A setting that an older run does not have, as it did not exist, is taken to be the same.
+    A setting that an older run does not have, as it did not exist, had its field's default; one
+    that was renamed is read under its former name.
 
     Args:
-        renamed: former names of settings, and their names now.
+        same_data: whether two sources may be the same images; see `common.cli.may_be_same`.
 
     Raises:
-        UserError: with what differs; or the folder's record is not one of a run.
+        UserError: with what differs; or the folder's record is not one of a run, or has settings
+            that are not known.
     """
     path = folder / "config.json"
     if not path.exists():
         return
+    fields = {f.name: f for kind in (cfg, run_cfg) for f in dataclasses.fields(kind)}
+    former = old_names(type(cfg)) | old_names(type(run_cfg))
+    new = flat(cfg, run_cfg)
     try:
         record = read_json(path)
-        old = {renamed.get(key, key): value for key, value in record["config"].items()}
-        old["method"], new = record["method"], {"method": method} | settings
+        theirs, recorded = record["method"], record["config"]
         if not isinstance(record.get("launches", []), list):
+            raise TypeError
+        renamed = {former[key]: value for key, value in recorded.items() if key in former}
+        old = renamed | {key: value for key, value in recorded.items() if key not in former}
+        if not isinstance(old.get("data", ""), str):
             raise TypeError
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not of a run; give another --out") from error
-    free = {f.name for f in dataclasses.fields(RunConfig) if "fixed" not in f.metadata}
-    differ = [key for key in new if key not in free and old.get(key, new[key]) != new[key]]
+    differ = {"method": (theirs, method)} if theirs != method else {}
+    if not differ and (unknown := [key for key in old if key not in fields]):
+        raise UserError(
+            f"{path}: has {', '.join(unknown)}, which this version does not know; go on with the "
+            "version that began the run, or give another --out"
+        )
+    free = {f.name for f in dataclasses.fields(run_cfg) if "fixed" not in f.metadata}
+    for key in (key for key in fields if key not in free):
+        was = old[key] if key in old else default_of(fields[key])
+        values = meant(was, fields[key]), meant(new[key], fields[key])
+        if not (same_data(*values) if key == "data" else values[0] == values[1]):
+            differ[key] = was, new[key]
     if differ:
-        what = ", ".join(f"{key} {old[key]!r} (now {new[key]!r})" for key in differ)
+        what = ", ".join(f"{key} {was!r} (now {now!r})" for key, (was, now) in differ.items())
         raise UserError(
             f"--out {folder}: holds a run made with {what}; "
             "give the same settings to go on with it, or another folder"
         )
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a field, as JSON has it; None where it has none."""
+    made = field.default
+    if made is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+        made = field.default_factory()
+    return None if made is dataclasses.MISSING else json.loads(to_json(made))
+
+
+def meant(value: Any, field: dataclasses.Field) -> Any:
+    """What a value stands for: "" and None for what the field says that they mean."""
+    return field.metadata.get("means", value) if value in ("", None) else value

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -302,6 +303,9 @@ class _Decoder(Dataset):
         except UserError as error:
             return error, {}
         made = self.then(i, batch) if self.then else (batch.images, batch.sizes, batch.indices)
+        if get_worker_info() is not None:  # here: where memory is short, the queue would lose it
+            for tensor in made if isinstance(made, tuple) else ():
+                tensor.share_memory_()
         return made, self.images.bad
 
 
@@ -422,11 +426,18 @@ def encode_labels(
     Args:
         values: N labels of a kind, to (N,) int64, or N lists of them, to (N, C) bool. None, for a
             label that is missing, becomes `MISSING`, or a row of no class.
+
+    Raises:
+        UserError: two classes have the same name in print.
     """
     several = any(isinstance(value, list) for value in values)
     flat = [v for value in values for v in (value or ())] if several else values
     present = sorted({value for value in flat if value is not None})
     names = [printable(str(value)) for value in present]
+    if len(set(names)) < len(names):
+        name, _ = Counter(names).most_common(1)[0]
+        alike = " and ".join(ascii(v) for v, n in zip(present, names, strict=True) if n == name)
+        raise UserError(f"names of classes that look alike: {alike}; rename all but one")
     order = list(classes or names)
     order += [name for name in dict.fromkeys(names) if name not in order]
     place = {value: order.index(name) for value, name in zip(present, names, strict=True)}

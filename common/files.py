@@ -3,13 +3,14 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from common.errors import LOST_WORKER, UserError
+from common.errors import LOST_WORKER, UserError, shown
 
 
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def remove_leftovers(folder: Path) -> None:
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add a line to a file of JSON lines."""
     with naming(path), open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(to_json(row) + "\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -101,3 +102,41 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON without the bytes of names that are not UTF-8, which no other program would read."""
+    return json.dumps(all_shown(value), **options)
+
+
+def all_shown(value: Any) -> Any:
+    """A value of JSON with each text in it `shown`."""
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, Mapping):
+        return {all_shown(key): all_shown(item) for key, item in value.items()}
+    return [all_shown(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def path_of(text: str) -> str:
+    r"""The path that a file of JSON shows: `caf\xe9` is the name with that byte, if it is there.
+
+    Raises:
+        UserError: a path that is written so is there as well.
+    """
+    byte = re.sub(r"\\x([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), text)
+    if byte == text or not os.path.lexists(byte):
+        return text
+    if os.path.lexists(text):
+        raise UserError(f"{text}: there are two, one with a byte in place of \\x..; rename one")
+    return byte
+
+
+def utf8_name(path: Path) -> str:
+    """A name of an existing file or folder for a library that takes UTF-8 alone.
+
+    Only on Linux can a name hold other bytes, and there an open file has another name, which is
+    good until this process ends.
+    """
+    name = str(path)
+    return name if shown(name) == name else f"/proc/self/fd/{os.open(path, os.O_RDONLY)}"

@@ -18,7 +18,14 @@ import torchvision
 from accelerate import Accelerator
 
 from common.cli import world_size
-from common.errors import UserError
+from common.errors import UserError, printable
+
+OVERRIDDEN = {  # variables by which Accelerate would change a run, and the flags that say it here
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--batch-size is that of a whole step"),
+    "ACCELERATE_MIXED_PRECISION": ("no", "--precision says it"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "--compile says it"),
+}
+SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
 def launch(precision: str, one_thread: bool = False) -> Accelerator:
@@ -34,8 +41,17 @@ def launch(precision: str, one_thread: bool = False) -> Accelerator:
             another process takes a core they do little else (1,400 pairs/s fell to 40).
 
     Raises:
-        UserError: another number of processes is linked than the environment says.
+        UserError: another number of processes is linked than the environment says, or it asks for
+            networks that are spread over processes.
     """
+    for name in SHARDED:
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            raise UserError(
+                f"ACCELERATE_USE_{name}: every process holds whole networks here; start them with "
+                "accelerate launch --multi_gpu, or torchrun"
+            )
+    # they are removed, as a number of accumulated steps would divide the loss
+    given = {name: os.environ.pop(name, own) for name, (own, _) in OVERRIDDEN.items()}
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     mixed = precision if precision in ("bf16", "fp16") else "no"
     accelerator = Accelerator(cpu=not accelerated, mixed_precision=mixed)
@@ -44,7 +60,10 @@ def launch(precision: str, one_thread: bool = False) -> Accelerator:
             f"{accelerator.num_processes} processes are linked where WORLD_SIZE says "
             f"{world_size()}; start them with accelerate launch or torchrun"
         )
-    accelerator.gradient_accumulation_steps = 1  # an environment variable would divide the loss
+    for name, value in given.items():
+        own, instead = OVERRIDDEN[name]
+        if value.lower() not in (own, "") and accelerator.is_main_process:
+            print(f"{name}={printable(value)} is not used: {instead}", file=sys.stderr)
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # all steps have the same shapes

@@ -7,7 +7,6 @@ Prints the splits with their numbers of images and classes, what is passed over,
 guessed, and the kinds of a sample of 64 images. The status is 2 where a run would refuse.
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from PIL import Image, ImageDraw
 from common import cli, formats
 from common.config import SourceConfig
 from common.errors import UserError, printable
-from common.files import atomic_write, atomic_write_bytes, naming
+from common.files import atomic_write, atomic_write_bytes, naming, to_json
 from common.plan import MAX_BAD, Labels, Part, Plan, counted, plan_of, told
 
 SHOWN = 12  # classes in a line
@@ -113,7 +112,7 @@ def write(plan: Plan, part: Part, folder: Path) -> None:
     """Write plan.json and sheet.png."""
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(plan.record(part), indent=1).encode() + b"\n"
+    content = to_json(plan.record(part), indent=1).encode() + b"\n"
     atomic_write_bytes(folder / "plan.json", content)
     with atomic_write(folder / "sheet.png") as aside:
         sheet(plan).save(aside, "PNG")

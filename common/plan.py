@@ -35,7 +35,8 @@ from typing import Any
 from common import tables
 from common.cli import is_hub_id, split_source
 from common.config import SourceConfig
-from common.errors import UserError, printable
+from common.errors import UserError, printable, shown
+from common.files import path_of
 from common.formats import SUFFIXES, Look, Reading, look_at, settle
 from common.tables import Table
 
@@ -450,7 +451,7 @@ def plan_of(source: str, how: SourceConfig | None = None) -> Plan:
         return Plan(source, "demo", how, [Part(name, name, n) for name, n in DEMO.items()])
     try:
         name, configuration = split_source(source)
-        path = os.path.expanduser(name)
+        path = path_of(os.path.expanduser(name))
         if os.path.isfile(path):
             return of_file(source, path, how)
         if os.path.isdir(path):
@@ -837,7 +838,7 @@ def read_metadata(plan: Plan, found: Found) -> None:
 def listing(plan: Plan, part: Part) -> list[tuple[str, int | None]]:
     """The files of a part, relative to the source, with their sizes in bytes; [] of the Hub."""
     sizes = [size for _, size in stats(part.paths, times=False)]
-    return list(zip(names_below(plan, part), sizes, strict=True))
+    return list(zip(map(shown, names_below(plan, part)), sizes, strict=True))
 
 
 def names_below(plan: Plan, part: Part) -> list[str]:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from common import config
 from common.checkpoints import Checkpoints, check_finite
-from common.cli import same_place
+from common.cli import absolute
 from common.config import RunConfig
 from common.data import ImageSplit, generator
 from common.errors import UserError, first_line, printable
@@ -45,6 +45,7 @@ from common.files import (
     naming,
     read_json,
     remove_leftovers,
+    to_json,
 )
 from common.health import collapse_warning, embedding_metrics
 from common.launch import StopSignal, commit, provenance
@@ -168,9 +169,9 @@ class Run:
         remove_leftovers(self.folder)
         remove_leftovers(self.folder / "checkpoints")
         if self.images.plan and self.images.part:
-            plan = json.dumps(self.images.plan.record(self.images.part), indent=1)
+            plan = to_json(self.images.plan.record(self.images.part), indent=1)
             atomic_write_bytes(self.folder / "plan.json", plan.encode() + b"\n")
-            content = "".join(json.dumps(file) + "\n" for file in files).encode()
+            content = "".join(to_json(file) + "\n" for file in files).encode()
             atomic_write_bytes(self.folder / "images.jsonl.gz", gzip.compress(content, mtime=0))
         record = {
             "method": self.method,
@@ -181,7 +182,7 @@ class Run:
             "steps": self.total_steps,
             "launches": [*launches, provenance(self.accelerator.num_processes)],
         }
-        atomic_write_bytes(path, json.dumps(record, indent=2).encode() + b"\n")
+        atomic_write_bytes(path, to_json(record, indent=2).encode() + b"\n")
 
     def _check_files(self, old: Mapping[str, Any] | None) -> list[list[Any]]:
         """The names and sizes of the files trained on, which must be those of the run so far.
@@ -196,7 +197,7 @@ class Run:
             if old:
                 problem = differences(self.folder / "images.jsonl.gz", files)
                 before, now = str(old["config"].get("data")), self.cfg.data
-                if not problem and not same_place(before, now):
+                if not problem and absolute(before) != absolute(now):
                     self.print(f"the images of this run, now at {now} (before: {before})")
         [problem] = broadcast_object_list([problem])
         if problem:
@@ -388,7 +389,7 @@ class Run:
             "finished": step >= self.total_steps,
             "commit": commit(),
         }
-        text = {key: json.dumps(value) for key, value in (known | dict(self.metadata)).items()}
+        text = {key: to_json(value) for key, value in (known | dict(self.metadata)).items()}
         with atomic_write(self.folder / "encoder.safetensors") as aside:
             save_file(tensors, aside, metadata=text)
 

@@ -8,7 +8,8 @@ from typing import Any
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from torch import Tensor
 
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, printable
+from common.files import utf8_name
 
 
 class Trackers:
@@ -25,12 +26,12 @@ class Trackers:
         self.trackers: list[GeneralTracker] = []
         for name in names:
             if name == "tensorboard":
-                tracker = TensorBoardTracker("", folder, purge_step=start_step)
+                tracker = TensorBoardTracker("", utf8_name(folder), purge_step=start_step)
             else:
                 file = folder / "wandb.id"
                 if not file.exists():
                     file.write_text(uuid.uuid4().hex)
-                where = {"id": file.read_text(), "name": folder.name, "dir": str(folder)}
+                where = {"id": file.read_text(), "name": printable(folder.name), "dir": str(folder)}
                 tracker = WandBTracker("ssl-reference", resume="allow", **where)
             try:
                 tracker.start()

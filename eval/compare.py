@@ -46,7 +46,7 @@ def main(settings: Settings) -> None:
         if not records:
             raise UserError(f"--results {folder}: no results in it")
         target = folder.resolve().parent / "RESULTS.md"
-        atomic_write_bytes(target, page.results_page(records).encode())
+        atomic_write_bytes(target, page.results_page(records).encode(errors="shown"))
         print(f"{target.name}: {len(records)} records")
         return
     if not settings.runs:
@@ -84,7 +84,7 @@ def main(settings: Settings) -> None:
         texts += [f"## {heading}\n", *map(as_markdown, tables)]
         texts += [*map(page.listed, remarks), ""]
         groups.append((heading, tables, remarks, picture.read_bytes()))
-    atomic_write_bytes(out / "compare.md", "\n".join(texts).encode())
+    atomic_write_bytes(out / "compare.md", "\n".join(texts).encode(errors="shown"))
     print(f"\nwritten: {out / 'compare.md'}, {out / 'compare.png'}", file=sys.stderr)
     if settings.report:
         report.write(Path(settings.report), [Path(run) for run in settings.runs], groups)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from common import encoders
 from common.encoders import StandardisedLinear
 from common.errors import UserError, first_line
+from common.files import utf8_name
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -103,7 +104,7 @@ def load(target: str, weights: str = "", layer: int = 0) -> Encoder:
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run writes it at its first checkpoint")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(utf8_name(path), framework="pt") as file:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         preprocess = Preprocess(**metadata["input"])

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from common.augment import center_crop_boxes, normalize, resized_crop, to_float
 from common.data import Batch, ImageSplit
-from common.files import atomic_write
+from common.files import atomic_write, utf8_name
 from eval.encoder import Preprocess
 from eval.identity import fingerprint, identity_of
 from eval.processes import all_agree, gather, place, share
@@ -158,7 +158,7 @@ def load_checked(path: Path) -> tuple[Tensor, Tensor]:
     Raises:
         Exception: of any kind, if it is damaged.
     """
-    with safe_open(path, framework="pt") as file:
+    with safe_open(utf8_name(path), framework="pt") as file:
         features, index = file.get_tensor("features"), file.get_tensor("index")
         if file.metadata()["sha256"] != sha256_of(features, index):
             raise ValueError("other bytes than were written")

@@ -24,6 +24,7 @@ import copy
 import hashlib
 import itertools
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -141,7 +142,7 @@ def choose(images: ImageSplit, fraction: float, subset: str, seed: int) -> Tenso
     selected = torch.zeros(len(images), dtype=torch.bool)
     if subset:
         try:
-            lines = Path(subset).read_text().splitlines()
+            lines = os.fsdecode(Path(subset).read_bytes()).splitlines()  # names, as paths are
             names = {Path(line.strip()).as_posix() for line in lines if line.strip()}
         except (OSError, ValueError) as error:
             raise UserError(f"--subset {subset}: cannot be read ({error})") from error

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from common.data import ImageSplit, open_split
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import atomic_write_bytes, naming
 from eval.knn import nearest, subsample
 from eval.subjects import subjects
@@ -105,7 +105,7 @@ def draw(images: ImageSplit, blocks: list[tuple[str, Tensor, Tensor]], rows: int
     sheet = Image.new("RGB", (step + GAP + block * len(blocks), HEAD + step * len(chosen)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for j, (name, _, _) in enumerate(blocks):
-        said = f"nearest by {WORDS.get(name, name)}"
+        said = f"nearest by {WORDS.get(name, printable(name))}"
         pen.text((step + GAP + j * block + FRAME, 3), said, fill="#333333", font=font)
     for y, row in zip(range(HEAD, sheet.height, step), chosen.tolist(), strict=True):
         place = int(index[row])

@@ -134,7 +134,7 @@ class OnlineLinear:
         config = flat(run.cfg, run.run_cfg)
         folder = run.folder / "results"
         subject = Subject(
-            encoder, run.cfg.data, run.run_cfg, folder, config, self.accelerator, of_run=True
+            encoder, config["data"], run.run_cfg, folder, config, self.accelerator, of_run=True
         )
         record(
             subject,

@@ -1,6 +1,5 @@
 """What a command is to judge: encoders, each with the images, the processes and the settings."""
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.cli import same_place, split_source
+from common import cli
 from common.config import SOURCE_FLAGS, SourceConfig, source_config
 from common.data import ImageSplit
 from common.errors import UserError
@@ -190,7 +189,8 @@ def subjects(
     s, run = settings, settings.run
     folder = Path(run) if run and Path(run).is_dir() else None
     config = config_of(folder) if folder else {}
-    source = (s.data if source is None else source) or config.get("data", "")
+    given, recorded = s.data if source is None else source, config.get("data", "")
+    source = given or recorded
     layer = s.layer if layer is None else layer
     encoders = [load(run, s.weights, layer)]
     encoders += [load(run, name) for name in getattr(s, "baselines", ())]
@@ -229,8 +229,8 @@ def is_of_run(source: str, run: Path, config: dict[str, Any]) -> bool:
     record = run / "plan.json"
     known = read_json(record) if record.exists() else {}
     local = known.get("kind") in ("folder", "tables")
-    there = os.path.exists(os.path.expanduser(split_source(source)[0]))
-    if same_place(source, config["data"]):
+    there = cli.is_there(cli.split_source(source)[0])
+    if cli.absolute(source) == cli.absolute(config["data"]):
         if local and not there:
             raise UserError(f"{source}: the run's images are not there any more; say where: --data")
         return True

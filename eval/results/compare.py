@@ -13,6 +13,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from common.encoders import CIFAR
+from common.errors import printable
 from common.plan import is_whole
 from eval.results.published import DATA, PUBLISHED, SOURCES, Published, data_set
 from eval.results.record import (
@@ -412,4 +413,5 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
 
 def cut(text: str, most: int) -> str:
+    text = printable(text)
     return text if len(text) <= most else f"{text[: most - 1]}…"

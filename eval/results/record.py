@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin
 
 from common.config import SOURCE_FLAGS, RunConfig, source_config
 from common.errors import UserError
-from common.files import atomic_write_bytes, read_json, read_rows
+from common.files import atomic_write_bytes, read_json, read_rows, to_json
 from common.launch import provenance
 from eval.subjects import Subject, config_of
 
@@ -161,7 +161,7 @@ def record(
 
 def settings_of(settings: Any, **found: Any) -> dict[str, Any]:
     """All that a command was told on how to judge, and what it `found` in place of a default."""
-    told = json.loads(json.dumps(dataclasses.asdict(settings)))
+    told = json.loads(to_json(dataclasses.asdict(settings)))
     return {key: value for key, value in told.items() if key not in PLACES} | found
 
 
@@ -172,7 +172,7 @@ def changed(settings: Any, *names: str) -> dict[str, Any]:
 
 def write(result: Result, path: Path) -> None:
     content = {"version": VERSION} | dataclasses.asdict(result)
-    atomic_write_bytes(path, json.dumps(content, indent=1).encode() + b"\n")
+    atomic_write_bytes(path, to_json(content, indent=1).encode() + b"\n")
 
 
 # ---- names of files, and ids ---------------------------------------------------------------------
@@ -215,7 +215,7 @@ def readable(
 
 def digest(value: Any) -> str:
     """The first 8 hex digits of the SHA-256 of a value as JSON with sorted keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    text = to_json(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

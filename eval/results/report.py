@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.data import ImageSplit, subset
 from common.errors import UserError
-from common.files import atomic_write_bytes, read_json, read_rows
+from common.files import atomic_write_bytes, read_json, read_rows, utf8_name
 from eval.knn import OnlineKNN, accuracy, predict, subsample
 from eval.results.compare import as_markdown, escaped
 from eval.settings import KNN
@@ -129,7 +129,8 @@ def project(run: Path, result: Classified) -> None:
     pictures = [torch.tensor(list(thumbnail(result.test, i, square=True).getdata())) for i in index]
     images = torch.stack(pictures).view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2) / 255
     names = [" ".join(result.train.classes[result.truth[i]].split()) or "-" for i in index]
-    with SummaryWriter(str(run / "projector")) as writer:
+    (run / "projector").mkdir()
+    with SummaryWriter(utf8_name(run / "projector")) as writer:
         writer.add_embedding(result.queries[list(index)], names, images, tag="representation")
 
 
@@ -453,5 +454,5 @@ def write(
         sections.append(shown)
         texts.append(text)
     title = ", ".join(run.name for run in runs)
-    atomic_write_bytes(folder / "index.html", page(title, sections).encode())
-    atomic_write_bytes(folder / "report.md", "\n".join(texts).encode())
+    atomic_write_bytes(folder / "index.html", page(title, sections).encode(errors="shown"))
+    atomic_write_bytes(folder / "report.md", "\n".join(texts).encode(errors="shown"))

@@ -2,21 +2,28 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
+import os
+import signal
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 from PIL import Image
 
+import eval.compare
 import eval.finetune
 import eval.knn
 import eval.linear
+import eval.neighbours
 import eval.transfer
 from common import cli, config
 from common.config import RunConfig
 from common.errors import UserError
 from simclr.config import RECIPES, Config
-from tests.helpers import evaluate, pretrain
+from tests.helpers import ROOT, evaluate, pretrain
 
 parse = partial(cli.parse, "simclr", Config, RECIPES)
 
@@ -169,8 +176,93 @@ def test_an_out_that_holds_another_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(record | {"launches": 3}))
     with pytest.raises(UserError, match="not of a run; give another --out"):
         parse(out)
-    with pytest.raises(UserError, match="--out: an empty name"):
-        parse(["--out", ""])
+
+
+# ---- paths and sources ---------------------------------------------------------------------------
+
+
+def test_a_home_folder_is_found_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("images", "run"):
+        (tmp_path / name).mkdir()
+    for argv in (["--out", "~/r", "--data", "~/images"], ["--out=~/r", "--data=~/images/"]):
+        _, cfg, run_cfg = parse(argv)
+        assert (run_cfg.out, cfg.data) == (f"{tmp_path}/r", f"{tmp_path}/images")
+    with pytest.raises(UserError, match=r"~nobody-at-all/r: no such home folder"):
+        parse(["--out", "~nobody-at-all/r"])
+
+    def settings(kind, *argv):
+        return dataclasses.asdict(cli.parse_settings(kind, argv, "prog", "What it does."))
+
+    weights = "torchvision:resnet50=~/w.pt"
+    found = settings(
+        eval.finetune.Settings, "~/run", "--subset", "~/list", "--weights", weights, "--data=~/run"
+    )
+    assert found["run"] == found["data"] == f"{tmp_path}/run"
+    assert found["subset"] == f"{tmp_path}/list"
+    assert found["weights"] == f"torchvision:resnet50={tmp_path}/w.pt"
+    folders = ["--out", "~/a", "--report=~/b", "--keep", "~/c", "--results", "~/d"]
+    found = settings(eval.compare.Settings, "~/run", *folders)
+    assert [*found["runs"], found["out"], found["report"], found["keep"], found["results"]] == [
+        f"{tmp_path}/{name}" for name in ("run", "a", "b", "c", "d")
+    ]
+
+
+@pytest.mark.parametrize("argv", [["--out", ""], ["--out="], ["--out", " "], ["--data", ""]])
+def test_an_empty_name_is_that_of_a_variable_that_is_not_set(monkeypatch, tmp_path, argv):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{argv[0].strip('=')}: an empty name"):
+        parse(argv)
+    with pytest.raises(UserError, match=f"{argv[0].strip('=')}: an empty name"):
+        cli.parse_settings(eval.neighbours.Settings, argv, "prog", "What it does.")
+    for kind in (eval.compare.Settings, eval.knn.Settings):
+        with pytest.raises(UserError, match="RUN: an empty name"):
+            cli.parse_settings(kind, [""], "prog", "What it does.")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_source_that_exists_is_recorded_where_it_is(monkeypatch, tmp_path):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given, recorded in (
+        ("owner/name", f"{tmp_path}/owner/name"),
+        ("./owner/name/", f"{tmp_path}/owner/name"),
+        ("owner/name:plain", f"{tmp_path}/owner/name:plain"),
+        ("a:b", f"{tmp_path}/a:b"),
+        ("demo", "demo"),
+        ("./demo", f"{tmp_path}/demo"),
+        ("other/name", "other/name"),
+        ("other/name:plain", "other/name:plain"),
+    ):
+        assert parse(["--data", given])[1].data == recorded
+        assert cli.absolute(recorded) == recorded
+        assert cli.is_hub_id(recorded) == (given == recorded != "demo")
+    with pytest.raises(UserError, match="nowhere:plain: no such folder"):
+        parse(["--data", "nowhere:plain"])
+
+
+def test_a_configuration_is_what_stands_behind_the_last_colon_of_no_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:b").mkdir()
+    for source, parts in {
+        "owner/name:c": ("owner/name", "c"), "x:y:z": ("x:y", "z"), "a:b": ("a:b", ""),
+        "a:b:c": ("a:b", "c"), "a:b/c": ("a:b/c", ""), "a:": ("a:", ""), ":a": (":a", ""),
+        "demo": ("demo", ""), "C:\\images": ("C:\\images", ""),
+    }.items():  # fmt: skip
+        assert cli.split_source(source) == parts
+
+
+def test_which_sources_may_be_the_same_images(monkeypatch, tmp_path):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for old in ("a", "./a", f"{tmp_path}/a/", "/moved", "~/moved", "../far/away/x", "one"):
+        assert cli.may_be_same(old, f"{tmp_path}/a"), old
+    for old in ("demo", "owner/name", "a:plain", "owner/name:plain"):
+        assert not cli.may_be_same(old, f"{tmp_path}/a"), old
+    assert cli.may_be_same("demo", "demo") and cli.may_be_same("o/n:c", "o/n:c")
+    assert not cli.may_be_same("o/n:c", "o/n") and not cli.may_be_same("demo", "o/n")
 
 
 # ---- mistakes that the images show ---------------------------------------------------------------
@@ -247,9 +339,21 @@ def test_a_message_is_one_line_that_cannot_command_the_terminal(fails):
 
 
 def test_only_rank_0_tells_a_mistake_and_any_rank_a_fault(fails, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert fails(raising(UserError("once is enough"))) == ""
-    assert fails(raising(MemoryError())).startswith("error: out of memory")
+    for rank, world, said in (("1", "2", ""), ("0", "2", "error: once is enough\n")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert fails(raising(UserError("once is enough"))) == said
+        assert fails(raising(MemoryError())).startswith("error: out of memory")
+
+
+@pytest.mark.parametrize("world", [None, "1", "", "3", "many"])
+def test_a_single_process_tells_it_whatever_rank_the_environment_has(fails, monkeypatch, world):
+    monkeypatch.setenv("RANK", "3")
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    assert "no recipe" in fails(pretrain, "simclr", "none")
+    if world in ("", "many"):
+        assert "WORLD_SIZE" in one_line(fails(pretrain, "simclr"))
 
 
 def test_an_error_of_ours_is_no_mistake_of_the_users():
@@ -262,3 +366,48 @@ def test_ctrl_c_is_no_traceback(capsys):
         raising(KeyboardInterrupt())()
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "\nstopped by SIGINT\n"
+
+
+@pytest.mark.parametrize(
+    "imported, command",
+    [
+        ("tyro", "simclr.pretrain"),  # before the command line is read
+        ("torch", "moco.pretrain demo"),  # after it, before the command begins
+        ("tyro", "eval.knn x"),
+        ("torch", "eval.knn --weights random:demo --data demo"),
+        ("torch", "eval knn --data demo"),
+        ("dataclasses", "byol"),
+    ],
+)
+def test_ctrl_c_while_modules_are_imported(imported, command, tmp_path):
+    """The first import of a module sends the signal, and would go on if that were ignored."""
+    name = f"{imported}.py"
+    (tmp_path / name).write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n1 / 0\n")
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode in (130, -signal.SIGINT)
+    assert done.stderr == ("\nstopped by SIGINT\n" if done.returncode == 130 else "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_every_line_passes_whatever_the_console_can_show(monkeypatch, encoding):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
+    for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+        monkeypatch.setattr(sys, name, stream)
+
+    def show():
+        for stream in streams:
+            print("caf\udce9 50 \xb1 2 \u2192 \u2026 \U0001f600", file=stream)
+
+    cli.run(show)
+    for stream in streams:
+        stream.flush()
+        said = stream.buffer.getvalue().decode(encoding)
+        assert said.startswith("caf\\xe9 50 ") and said.endswith("\n")
+        assert ("+/-" in said) == (encoding == "ascii") == ("..." in said)

@@ -83,13 +83,12 @@ def test_what_was_overridden():
 def refuse(tmp_path):
     """`refuse_other` on a folder that holds a run of `Config` and `RUN`, changed by `old`."""
 
-    def call(cfg=None, run_cfg=RUN, method="simclr", old=None, without=()):
+    def call(cfg=None, run_cfg=RUN, method="simclr", old=None, without=(), **more):
         settings = flat(Config(), RUN) | (old or {})
         settings = {key: value for key, value in settings.items() if key not in without}
         record = {"method": "simclr", "config": settings}
         (tmp_path / "config.json").write_text(json.dumps(record))
-        settings = flat(cfg or Config(), run_cfg)
-        refuse_other(tmp_path, method, settings, config.old_names(Config))
+        refuse_other(tmp_path, method, cfg or Config(), run_cfg, **more)
 
     return call
 
@@ -123,11 +122,55 @@ def test_a_free_setting_may_change_and_a_fixed_one_may_not(refuse):
 
 
 def test_a_run_of_before_a_setting_was_there_or_renamed(refuse):
-    refuse(without=("mean", "trackers"))
-    refuse(old={"estimate": False, "profile": False})
+    refuse(without=("mean", "trackers", "split"))
     refuse(Config(grad_cache_chunk=4), old={"cache_chunk": 4}, without=("grad_cache_chunk",))
     with pytest.raises(UserError, match=r"grad_cache_chunk 4 \(now 0\)"):
         refuse(old={"cache_chunk": 4}, without=("grad_cache_chunk",))
+
+
+def test_a_setting_that_was_not_there_had_its_fields_default(refuse):
+    """Whatever the recipe or the command says today."""
+    for without in ("temperature", "grad_cache_chunk"):
+        refuse(without=(without,))
+    with pytest.raises(UserError, match=r"holds a run made with temperature 0.5 \(now 0.1\);"):
+        refuse(Config(temperature=0.1), without=("temperature",))
+    with pytest.raises(UserError, match=r"mean \[0.5, 0.4, 0.3\] \(now \[0.0, 0.0, 0.0\]\)"):
+        refuse(Config(mean=(0.0,) * 3), without=("mean",))
+    with pytest.raises(UserError, match=r"precision 'fp32' \(now 'bf16'\)"):
+        refuse(run_cfg=replace(RUN, precision="bf16"), without=("precision",))
+    with pytest.raises(UserError, match=r"grad_cache_chunk 0 \(now 4\)"):
+        refuse(Config(grad_cache_chunk=4), without=("grad_cache_chunk",))
+
+
+def test_a_setting_that_is_not_known_is_refused_by_name(refuse, tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}/config.json: has colour, shape, which"):
+        refuse(old={"colour": "blue", "shape": None})
+    with pytest.raises(UserError, match=r"method 'simclr' \(now 'moco'\);"):
+        refuse(method="moco", old={"queue_size": 4})  # what matters is said
+
+
+@dataclass(frozen=True)
+class Meaning(RunConfig):
+    split: str = config.fixed("", means="train")
+
+
+def test_a_value_that_stands_for_another(refuse):
+    for split in ("", "train"):
+        refuse(run_cfg=Meaning(split=split), old={"split": "train"})
+        refuse(run_cfg=Meaning(split=split), old={"split": ""})
+        refuse(run_cfg=Meaning(split=split), without=("split",))
+        with pytest.raises(UserError, match=rf"split 'test' \(now '{split}'\)"):
+            refuse(run_cfg=Meaning(split=split), old={"split": "test"})
+
+
+def test_images_that_were_moved_are_not_refused_here(refuse):
+    where = {"same_data": cli.may_be_same, "old": {"data": "/old/images"}}
+    refuse(Config(data="/new/images"), **where)
+    for data in ("demo", "owner/name"):
+        with pytest.raises(UserError, match=rf"data '/old/images' \(now '{data}'\)"):
+            refuse(Config(data=data), **where)
+    with pytest.raises(UserError, match="not of a run"):
+        refuse(Config(data="/new/images"), old={"data": 3})
 
 
 @pytest.mark.parametrize(
@@ -137,7 +180,7 @@ def test_a_run_of_before_a_setting_was_there_or_renamed(refuse):
 def test_a_record_that_is_none(tmp_path, content, said):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=f"config.json: {said}"):
-        refuse_other(tmp_path, "simclr", flat(Config(), RUN), {})
+        refuse_other(tmp_path, "simclr", Config(), RUN)
 
 
 # ---- a setting for every run is one field --------------------------------------------------------

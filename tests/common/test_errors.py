@@ -4,16 +4,18 @@ import errno
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from common.errors import UserError, explain, first_line, one_line
+from common.errors import UserError, explain, first_line, one_line, printable, shown
 from tests.common.test_launch import flags
 from tests.helpers import ROOT, checkpoints, ended, forked, rows, run_processes
 
@@ -48,6 +50,34 @@ def test_a_killed_worker():
         next(iter(DataLoader(Deadly(), num_workers=1)))
     line = explain(caught.value)
     assert line.startswith("a decoding worker was killed") and "--workers" in line
+
+
+SHARED = [
+    "Caught RuntimeError in DataLoader worker process 0.\nTraceback ...\nRuntimeError: unable to "
+    "allocate shared memory(shm) for file </torch_7_8_9>: No space left on device (28)",
+    "unable to write to file </torch_7_8_9>: No space left on device (28)",
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...",
+]
+
+
+@pytest.mark.parametrize("words", SHARED)
+def test_too_little_shared_memory(words):
+    line = explain(RuntimeError(words))
+    assert line.startswith("too little shared memory (/dev/shm)") and "\n" not in line
+    assert re.findall(r"--[a-z-]+", line) == ["--shm-size", "--ipc", "--workers"]
+
+
+def test_a_full_disk_that_has_no_name_may_be_shared_memory(monkeypatch):
+    for free, shared in ((0, True), (2**30, False)):
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free)
+        )
+        full = OSError(errno.ENOSPC, "No space left on device")
+        assert ("shared memory" in explain(full)) == shared
+        full.filename = "events"
+        assert "shared memory" not in explain(full)
+        full.filename = "/dev/shm/torch_1"
+        assert "shared memory" in explain(full)
 
 
 def test_a_full_disk_and_what_is_no_fault_of_the_machine():
@@ -105,6 +135,43 @@ def test_an_error_does_not_wait_for_workers(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.count("Traceback") == 1
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [600, 100])  # too large: the decoded images; only their views
+def test_a_small_shared_memory_is_one_line(side, tmp_path):
+    for i in range(16):
+        Image.new("RGB", (side, side), (9 * i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    size, out = (16, 400)[side == 100], tmp_path / "run"
+    words = (
+        f"-m simclr.pretrain demo --data {tmp_path} --out {out} --image-size {size} --batch-size "
+    )
+    words += "8 --epochs 1 --warmup-epochs 0 --knn-every 0 --memory-gb 0 --workers 2"
+    script = f"mount -t tmpfs -o size=4m none /dev/shm || exit 77; {sys.executable} {words}"
+    command = ["unshare", "-m", "timeout", "-k", "5", "90", "bash", "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if "unshare" in done.stderr or done.returncode == 77:
+        pytest.skip("a small /dev/shm cannot be mounted here")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "error: too little shared memory (/dev/shm)" in done.stderr
+
+
+# ---- names that are not UTF-8 --------------------------------------------------------------------
+
+
+def test_a_byte_that_is_not_utf_8_is_shown_and_what_commands_the_terminal_is_not():
+    name = os.fsdecode(b"caf\xe9 \xc3\xa9")
+    assert shown(name) == printable(name) == "caf\\xe9 \u00e9"
+    assert printable("a\x1b[2J\n\u202e") == "a\ufffd[2J\ufffd\ufffd"
+    assert printable(str(FileNotFoundError(2, "gone", name))) == "[Errno 2] gone: 'caf\\xe9 \u00e9'"
+
+
+def test_what_an_encoding_lacks_is_shown_in_ascii():
+    said = os.fsdecode(b"caf\xe9 ") + "\u00e9 50 \u00b1 2\u2026"
+    assert said.encode("ascii", "shown") == rb"caf\xe9 \u00e9 50 +/- 2..."
+    assert said.encode("utf-8", "shown").decode() == "caf\\xe9 \u00e9 50 \u00b1 2\u2026"
+    with pytest.raises(UnicodeDecodeError):
+        b"\xe9".decode("utf-8", "shown")
 
 
 # ---- real runs -----------------------------------------------------------------------------------

@@ -1,9 +1,22 @@
 """Files that a kill cannot tear, and logs that go on where their checkpoint is."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 
 from common.errors import UserError
-from common.files import append_row, atomic_write, keep_rows_before, read_json, remove_leftovers
+from common.files import (
+    append_row,
+    atomic_write,
+    keep_rows_before,
+    path_of,
+    read_json,
+    remove_leftovers,
+    to_json,
+    utf8_name,
+)
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
@@ -51,3 +64,30 @@ def test_json_that_is_none(tmp_path):
         (tmp_path / "a.json").write_bytes(content)
         with pytest.raises(UserError, match=r"a\.json: cannot be read"):
             read_json(tmp_path / "a.json")
+
+
+# ---- names that are not UTF-8 --------------------------------------------------------------------
+
+
+def test_a_record_shows_what_is_not_utf_8_and_the_path_is_found_again(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9 \xc3\xa9")
+    written = to_json({"data": str(folder), os.fsdecode(b"\xff"): [(str(folder),), 1, None]})
+    shown = f"{tmp_path}/caf\\xe9 \u00e9"
+    assert json.loads(written) == {"data": shown, "\\xff": [[shown], 1, None]}
+    assert path_of(shown) == shown  # nothing is there
+    folder.mkdir()
+    assert path_of(shown) == str(folder) and path_of(str(folder)) == str(folder)
+    assert path_of(f"{tmp_path}/plain") == f"{tmp_path}/plain"
+    Path(shown).mkdir()
+    with pytest.raises(UserError, match="there are two"):
+        path_of(shown)
+    assert path_of(str(folder)) == str(folder)
+
+
+def test_a_library_that_takes_utf_8_alone_opens_any_file(tmp_path):
+    for name in (b"plain", b"caf\xe9"):
+        path = tmp_path / os.fsdecode(name)
+        path.write_text("content")
+        utf8_name(path).encode()
+        assert Path(utf8_name(path)).read_text() == "content"
+    assert utf8_name(tmp_path / "plain") == str(tmp_path / "plain")

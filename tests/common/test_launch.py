@@ -15,7 +15,8 @@ from PIL import Image
 
 from common import launch
 from common.data import epoch_order
-from tests.helpers import ROOT, checkpoints, ended, forked, rows
+from common.errors import UserError
+from tests.helpers import ROOT, checkpoints, ended, forget_processes, forked, rows
 
 
 def flags(out, *more):
@@ -45,6 +46,54 @@ def test_a_small_network_computes_on_one_thread_unless_told_otherwise(monkeypatc
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+def gradient(accelerator):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = accelerator.prepare(torch.optim.SGD([weight], lr=1.0))
+    accelerator.backward((weight * torch.arange(3)).sum())
+    optimizer.step()
+    return weight.grad, weight.detach()
+
+
+@pytest.mark.parametrize("value", ["4", "many"])
+def test_accumulation_that_the_environment_asks_for_changes_no_gradient(value, monkeypatch, capsys):
+    forget_processes()
+    plain = gradient(launch.launch("fp32"))
+    assert capsys.readouterr().err == ""
+    forget_processes()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", value)
+    accelerator = launch.launch("fp32")
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={value} is not used" in line
+    assert accelerator.gradient_accumulation_steps == accelerator.gradient_state.num_steps == 1
+    assert accelerator.sync_gradients
+    for ours, theirs in zip(gradient(accelerator), plain, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "name, value, flag",
+    [("MIXED_PRECISION", "bf16", "--precision"), ("DYNAMO_BACKEND", "INDUCTOR", "--compile")],
+)
+def test_what_else_the_environment_asks_for_is_said(name, value, flag, monkeypatch, capsys):
+    forget_processes()
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    accelerator = launch.launch("fp32")
+    assert accelerator.mixed_precision == "no"
+    assert accelerator.state.dynamo_plugin.backend.value == "NO"
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"ACCELERATE_{name}={value} is not used" in line and flag in line
+    forget_processes()
+    monkeypatch.setenv(f"ACCELERATE_{name}", "no")  # what `accelerate launch` itself sets
+    launch.launch("fp32")
+    assert capsys.readouterr().err == ""
+
+
+def test_networks_that_are_spread_over_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="ACCELERATE_USE_FSDP: every process holds whole networks"):
+        launch.launch("fp32")
 
 
 # ---- the commit ----------------------------------------------------------------------------------
