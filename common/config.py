@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from common.errors import UserError
 from common.files import read_json, to_json
 
+GONE = {"estimate", "profile"}  # settings of earlier versions that changed nothing about a run
 TINY = 1e-6  # the least of what must be more than 0
 
 C = TypeVar("C")
@@ -183,7 +184,7 @@ def refuse_other(
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not of a run; give another --out") from error
     differ = {"method": (theirs, method)} if theirs != method else {}
-    if not differ and (unknown := [key for key in old if key not in fields]):
+    if not differ and (unknown := [key for key in old if key not in fields and key not in GONE]):
         raise UserError(
             f"{path}: has {', '.join(unknown)}, which this version does not know; go on with the "
             "version that began the run, or give another --out"
