@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -294,7 +294,8 @@ class _Decoder(Dataset):
         then: Callable[[int, Batch], Any] | None,
         cut: Callable[[int, list[Tensor]], list[Tensor]] | None,
     ) -> None:
-        self.images, self.then, self.cut = images, then, cut
+        self.images = replace(images, plan=None, part=None)  # which a worker does without
+        self.then, self.cut = then, cut
 
     def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Any, dict[int, str]]:
         i, indices = item

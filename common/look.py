@@ -21,7 +21,8 @@ from common import cli, formats
 from common.config import SourceConfig
 from common.errors import UserError, printable
 from common.files import atomic_write, atomic_write_bytes, naming, to_json
-from common.plan import MAX_BAD, Labels, Part, Plan, counted, plan_of, told
+from common.layout import counted
+from common.plan import MAX_BAD, Labels, Part, Plan, plan_of, told
 
 SHOWN = 12  # classes in a line
 TILE, CAPTION, ACROSS = 112, 14, 8  # pixels, pixels, tiles

@@ -6,15 +6,6 @@
     owner/name                a data set on the Hugging Face Hub
     SOURCE:CONFIG             one configuration, where a source has several: a folder, or a name
 
-Which split is read. A *split word* is train, training; test, testing; val, valid, validation, dev.
-It is looked for in the names of tables, and of folders above the class folders, never of images:
-
-    train, Train, train2017, training_set, test-images, birds_test      of that split
-    train/ and test/, and nothing beside them with images               splits
-    bus/ plane/ train/                                                  refused: split or class?
-    bottle/ steam_train/ test_tube/                                     classes
-    extra, unlabeled, holdout, ... beside others                        refused without `--split`
-
 Nothing is left out in silence: what is passed over, left out or guessed is counted in `Plan.lines`,
 and where two readings are possible the source is refused, with the flag that chooses.
 
@@ -23,7 +14,6 @@ Nothing here imports torch. Symbols: N images.
 
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,27 +22,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common import tables
+from common import layout, tables
 from common.cli import is_hub_id, split_source
 from common.config import SourceConfig
+from common.depth import settle
 from common.errors import UserError, printable, shown
 from common.files import path_of
-from common.formats import SUFFIXES, Look, Reading, look_at, settle
+from common.formats import SUFFIXES, Look, Reading, look_at
+from common.layout import (
+    CANONICAL,
+    OTHER,
+    SPLITS,
+    Found,
+    configuration_of,
+    counted,
+    listed,
+    splits_in,
+)
 from common.tables import Table
 
-SPLITS = {  # split words, by the split that they name
-    "train": ("train", "training"),
-    "test": ("test", "testing"),
-    "validation": ("val", "valid", "validation", "dev"),
-}
-OTHER = {"extra", "unlabeled", "unlabelled", "unsupervised", "holdout", "heldout", "trainval"}
-CANONICAL = {word: split for split, words in SPLITS.items() for word in words}
-CANONICAL |= {word: word for word in OTHER}
-AFFIXES = {"set", "images", "split"}
-MASKS = {"masks", "labels", "annotations", "SegmentationClass"}  # beside PICTURES, not images
-PICTURES = {"images", "JPEGImages"}
-SYSTEM = {"@eaDir", "__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN"}
-METADATA = {"metadata.csv", "metadata.jsonl"}
 DEMO = {"train": 5_120, "test": 2_000}
 MAX_BAD = 0.05  # share of undecodable images beyond which a source is refused
 MOST_NAME = 300  # characters of an image's name in a message
@@ -61,46 +49,6 @@ SAMPLE = 64  # images that are looked at for the rule by which pixels are read
 
 class NoSplit(UserError):
     """The source exists, but not this split of it."""
-
-
-# ---- names ---------------------------------------------------------------------------------------
-
-
-def words_of(name: str) -> list[str]:
-    """A name in lower case, cut at `-`, `_`, `.`, spaces and before digits; `trainset` in two."""
-    found: list[str] = []
-    for word in re.split(r"[-_. ]+|(?<=\D)(?=\d)", name.lower()):
-        match = re.fullmatch(rf"({'|'.join(CANONICAL)})({'|'.join(AFFIXES)})", word)
-        found += match.groups() if match else [word] if word else []
-    return found
-
-
-def splits_in(name: str) -> set[str]:
-    """The splits that the words of a name name: one, as a rule, or none."""
-    return {CANONICAL[word] for word in words_of(name) if word in CANONICAL}
-
-
-def rest_of(name: str) -> tuple[str, ...]:
-    """What a name says beside its split: ("birds",) of birds_train2017 and of birds-test-images."""
-    kept = [word for word in words_of(name) if word not in CANONICAL and word not in AFFIXES]
-    return tuple(word for word in kept if word.isalpha() and word != "of")
-
-
-def is_whole(name: str) -> bool:
-    """Whether a name says nothing but its split: train, val2017, training_set."""
-    rest = [w for w in words_of(name) if w not in CANONICAL and w not in AFFIXES]
-    return bool(splits_in(name)) and all(word.isdigit() for word in rest)
-
-
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """Some names in a line, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return printable(", ".join(names[:most])) + more
-
-
-def counted(count: int, noun: str) -> str:
-    plural = {"class": "classes"}.get(noun, f"{noun}s")
-    return f"{count:,} {noun if count == 1 else plural}"
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -200,7 +148,7 @@ class Plan:
                 f"{self.source}: {names} each name {wanted}; --split {found[0].name} takes one"
             )
         if split in ("", "train"):
-            raise NoTrain(
+            raise UserError(
                 f"{self.source}: no train among {shown}; --split NAME trains on one of them, "
                 "--split all on everything"
             )
@@ -243,37 +191,35 @@ class Plan:
     def _labels_of_folder(self, part: Part) -> Labels:
         if self.metadata and self.how.label_depth is None:
             return self._labels_of_metadata(part)
-        depth, base = self.how.label_depth, part.base
-        folders = [os.path.dirname(p.removeprefix(base).lstrip(os.sep)) for p in part.paths]
-        parts = [tuple(folder.split(os.sep)) if folder else () for folder in folders]
-        flat = [path for path, above in zip(part.paths, parts, strict=True) if not above]
+        depth = self.how.label_depth
         if depth == 0:
             return Labels(None, why="--label-depth 0")
-        if depth is not None:
-            short = [p for p, above in zip(part.paths, parts, strict=True) if len(above) < depth]
-            if short:
-                shown = printable(os.path.relpath(short[0], base))
-                raise UserError(
-                    f"{self.source}: --label-depth {depth}: {counted(len(short), 'image')} with "
-                    f"fewer folders above, e.g. {shown}"
-                )
-        elif len(flat) == len(parts):
+        start = len(part.base.rstrip(os.sep)) + 1
+        above = [os.path.dirname(path[start:]) for path in part.paths]
+        levels = {folder: folder.split(os.sep) if folder else [] for folder in set(above)}
+        short = [path for path, folder in zip(part.paths, above, strict=True)
+                 if len(levels[folder]) < (depth or 1)]  # fmt: skip
+        if depth is not None and short:
+            raise UserError(
+                f"{self.source}: --label-depth {depth}: {counted(len(short), 'image')} with fewer "
+                f"folders above, e.g. {short[0][start:]}"
+            )
+        if len(short) == len(above):
             return Labels(None, why="no class folders, no metadata.csv")
-        elif flat:
-            classes = listed(sorted({above[0] + os.sep for above in parts if above}))
-            names = listed([os.path.basename(path) for path in flat], 3)
-            beside = f"{counted(len(flat), 'image')} beside the class folders {classes}: {names}"
-            way_out = "move it away, or into a folder, for labels"
-            return Labels(None, why=f"{beside}; {way_out}")
-        values = [printable("/".join(above[: depth or 1])) for above in parts]
-        leaves, taken = len(set(folders)), len(set(values))
+        if short:
+            classes = layout.folders(sorted({names[0] for names in levels.values() if names}))
+            names = listed([os.path.basename(path) for path in short], 3)
+            beside = f"{counted(len(short), 'image')} beside the class folders {classes}: {names}"
+            return Labels(None, why=f"{beside}; for labels, move what is no class away")
+        named = {each: printable("/".join(names[: depth or 1])) for each, names in levels.items()}
+        values, taken = [named[folder] for folder in above], len(set(named.values()))
         notes = []
-        if depth is None and leaves > taken:
-            deepest = max(map(len, parts))
+        if depth is None and len(levels) > taken:
+            deepest = max(map(len, levels.values()))
             notes.append(
-                f"{counted(leaves, 'folder')} of images lie below the {taken} that are taken as "
-                f"classes; --label-depth 2{f' to {deepest}' if deepest > 2 else ''} takes those of "
-                "a deeper level"
+                f"{counted(len(levels), 'folder')} of images lie below the {taken} that are taken "
+                f"as classes; --label-depth 2{f' to {deepest}' if deepest > 2 else ''} takes those "
+                "of a deeper level"
             )
         origin = "class folders" if depth is None else f"folders to depth {depth}"
         return Labels(values, origin, notes=notes)
@@ -396,10 +342,6 @@ class Plan:
         return f"{look.format} {look.mode} {look.kind}"
 
 
-class NoTrain(UserError):
-    """The source has splits, and none of them is to train on."""
-
-
 def numbers_of(parts: Sequence[Part]) -> str:
     """The names of some splits with their numbers of images."""
     return ", ".join(f"{p.name} {'?' if p.count is None else f'{p.count:,}'}" for p in parts)
@@ -484,65 +426,6 @@ def of_file(source: str, path: str, how: SourceConfig) -> Plan:
     )
 
 
-@dataclass
-class Found:
-    """What a walk through a folder has met; folders are relative to it, "" is itself."""
-
-    images: dict[str, list[str]] = field(default_factory=dict)  # folder to names
-    tables: list[str] = field(default_factory=list)
-    metadata: list[str] = field(default_factory=list)
-    saved: list[str] = field(default_factory=list)  # folders written by `save_to_disk`
-    passed_over: Counter = field(default_factory=Counter)
-    unreadable: list[str] = field(default_factory=list)
-
-
-def walk(root: str) -> Found:
-    """Every file below `root`; links are followed, a loop once.
-
-    Raises:
-        OSError: `root` itself cannot be read.
-    """
-    found = Found()
-
-    def enter(folder: str, relative: str, above: frozenset[str], hidden: str) -> None:
-        here = os.path.realpath(folder)
-        if here in above:  # a link to a folder that holds it
-            return
-        try:
-            entries = os.scandir(folder)
-        except OSError:
-            if not relative:
-                raise
-            found.unreadable.append(relative)
-            return
-        names = []
-        with entries:
-            for entry in entries:
-                name = entry.name
-                out = hidden or ("system" if name in SYSTEM else "hidden" * (name[0] == "."))
-                if entry.is_dir():
-                    below = f"{relative}{os.sep}{name}" if relative else name
-                    enter(entry.path, below, above | {here}, out)
-                elif out:
-                    found.passed_over[f"{out} files"] += 1
-                elif os.path.splitext(name)[1].lower() in SUFFIXES:
-                    names.append(name)
-                elif tables.is_table(name):
-                    found.tables.append(os.path.join(relative, name))
-                elif name in METADATA:
-                    found.metadata.append(os.path.join(relative, name))
-                else:
-                    if name == "state.json":
-                        found.saved.append(relative)
-                    suffix = os.path.splitext(name)[1].lower()
-                    found.passed_over[printable(suffix or "without a suffix")] += 1
-        if names:
-            found.images[relative] = names
-
-    enter(root, "", frozenset(), "")
-    return found
-
-
 def of_folder(source: str, root: str, configuration: str, how: SourceConfig) -> Plan:
     """A folder of images, or of tables.
 
@@ -552,9 +435,9 @@ def of_folder(source: str, root: str, configuration: str, how: SourceConfig) -> 
     folder = os.path.join(root, configuration)
     if configuration and os.path.isdir(folder):
         root, configuration = folder, ""
-    found = walk(root)
+    found = layout.walk(root)
     if found.tables and found.images:
-        count = sum(map(len, found.images.values()))
+        count = found.count()
         where = [os.path.dirname(found.tables[0]), min(found.images)]
         first = [os.path.join(source, folder) for folder in where]
         raise UserError(
@@ -580,7 +463,7 @@ def of_folder(source: str, root: str, configuration: str, how: SourceConfig) -> 
             plan.notes.append(
                 f"{flag} makes no difference: there are {has}".replace("are no", "is no")
             )
-    plan.passed_over = {kind: count for kind, count in found.passed_over.most_common() if count}
+    plan.passed_over = dict(found.passed_over.most_common())
     if found.unreadable:
         names = listed(found.unreadable)
         plan.notes.append(f"{counted(len(found.unreadable), 'folder')} cannot be read: {names}")
@@ -601,8 +484,8 @@ def of_tables(source: str, root: str, wanted: str, found: Found, how: SourceConf
     if inside:  # of `save_to_disk`, whose state.json lists them
         units = [os.path.join(folder, "state.json") for folder in sorted(inside)]
         others = [file for file in found.tables if os.path.dirname(file) not in inside]
-        found.passed_over["other tables"] += len(others)
-    splits = {unit: table_split(source, unit) for unit in units}
+        found.pass_over("other tables", len(others))
+    splits = {unit: layout.split_of_table(unit) for unit in units}
     named = [unit for unit in units if splits[unit]] or units
     unnamed = [unit for unit in units if unit not in named]
     configurations = sorted({configuration_of(unit) for unit in named})
@@ -623,12 +506,8 @@ def of_tables(source: str, root: str, wanted: str, found: Found, how: SourceConf
             f"{source}: {listed(unnamed)} names no split beside {listed(kept)}; give one file, or "
             "--split NAME"
         )
-    for kind, count in (
-        ("tables of other configurations", len(named) - len(kept)),
-        ("tables that name no split", len(unnamed)),
-    ):
-        if count:
-            found.passed_over[kind] += count
+    found.pass_over("tables of other configurations", len(named) - len(kept))
+    found.pass_over("tables that name no split", len(unnamed))
     parts, notes = [], list[str]()
     for split, files in sorted(mine.items()):
         paths = [os.path.join(root, file) for file in files]
@@ -640,42 +519,6 @@ def of_tables(source: str, root: str, wanted: str, found: Found, how: SourceConf
     return Plan(source, "tables", how, parts, root, notes=list(dict.fromkeys(notes)))
 
 
-def table_split(source: str, path: str) -> str:
-    """The split that the name of a table says, or else the nearest folder above it; or "".
-
-    Raises:
-        UserError: it says several.
-    """
-    *folders, name = path.split(os.sep)
-    names = folders[::-1] if name == "state.json" else [os.path.splitext(name)[0], *folders[::-1]]
-    for each in names:
-        if found := splits_in(each):
-            if len(found) > 1:
-                raise UserError(
-                    f"{source}: {path} names several splits, {listed(sorted(found))}; give it by "
-                    "its own name to read all of it, or rename it"
-                )
-            return found.pop()
-    return ""
-
-
-def configuration_of(path: str) -> str:
-    """What the folders and the name of a table say beside its split and its number in a row.
-
-    full of full/train-0, data/en of data/en-train-0, cifar10 of cifar10_train; nothing of
-    train-00000-of-00002-6b9da5db, 2024/part-7 or year=2024/a, which are parts of one table.
-    """
-    *folders, name = path.split(os.sep)
-    kept = [each for each in folders if not (is_whole(each) or each.isdigit() or "=" in each)]
-    stem = "" if name == "state.json" else os.path.splitext(name)[0]
-    if splits_in(stem):
-        words = re.split(r"[-_. ]+", stem)
-        first = next(i for i, word in enumerate(words) if splits_in(word))
-        after = [word for word in words[first:] if rest_of(word) and word.isalpha()]
-        kept += ["_".join([*words[:first], *after])]
-    return "/".join(filter(None, kept))
-
-
 # ---- folders of images ---------------------------------------------------------------------------
 
 
@@ -685,130 +528,32 @@ def of_images(source: str, root: str, found: Found, how: SourceConfig) -> Plan:
     Raises:
         UserError: there is none, or a folder may be a split or a class.
     """
-    drop_masks(found)
+    layout.drop_masks(found)
     if not found.images:
         kinds = " ".join(sorted(SUFFIXES))
         others = f"; passed over: {told(found.passed_over)}" if found.passed_over else ""
         raise UserError(f"{source}: no images in it, at any depth (looked for {kinds}){others}")
-    level, names, notes = folders_of_splits(source, found.images, how.split)
+    level, names, notes = layout.folders_of_splits(found, how.split, source)
     parts = []
     for name in names or [""]:
-        base = os.path.join(root, level, name) if names else root
         below = os.path.join(level, name) if names else ""
+        base = os.path.join(root, below) if names else root
         paths = [
             os.path.join(root, folder, image)
-            for folder, images in found.images.items()
-            if is_below(folder, below)
-            for image in images
+            for folder in found.below(below)
+            for image in found.images[folder]
         ]
         split = next(iter(splits_in(name)), name.lower())
         parts.append(Part(name, split, len(paths), sorted(paths), base=base))
-    outside = sum(map(len, found.images.values())) - sum(part.count or 0 for part in parts)
+    outside = found.count() - sum(part.count or 0 for part in parts)
     if outside:
-        inside = [os.path.join(level, name) for name in names]
-        where = [f for f in found.images if not any(is_below(f, each) for each in inside)]
-        example = os.path.join(where[0], found.images[where[0]][0])
-        images = f"{counted(outside, 'image')} beside {listed([f'{n}/' for n in names])}"
+        where = next(each for each in (level, *found.images) if each in found.images)
+        example = os.path.join(where, found.images[where][0])
+        images = f"{counted(outside, 'image')} beside {layout.folders(names)}"
         notes.append(f"{images} left out: {printable(example)}" + (", ..." if outside > 1 else ""))
     plan = Plan(source, "folder", how, parts, root, notes=notes)
     read_metadata(plan, found)
     return plan
-
-
-def is_below(folder: str, base: str) -> bool:
-    return not base or folder == base or folder.startswith(base + os.sep)
-
-
-def kids_of(images: dict[str, list[str]], level: str) -> list[str]:
-    """The folders right below `level` that hold images, at any depth."""
-    start = len(level) + 1 if level else 0
-    below = [folder[start:] for folder in images if folder != level and is_below(folder, level)]
-    return sorted({folder.split(os.sep, 1)[0] for folder in below})
-
-
-def folders_of_splits(
-    source: str, images: dict[str, list[str]], split: str
-) -> tuple[str, list[str], list[str]]:
-    """The folder that holds the splits, their names, and what to say; no names without splits.
-
-    Args:
-        images: folder to names of images.
-        split: as asked for.
-
-    Raises:
-        UserError: it is not clear whether a folder is a split or a class.
-    """
-    if split == "all":
-        return "", [], ["--split all: no folder is taken as a split"]
-    level = ""
-    while len(kids := kids_of(images, level)) == 1 and level not in images:
-        inner = os.path.join(level, kids[0])
-        if splits_in(kids[0]) and not all(map(is_whole, kids_of(images, inner) or [""])):
-            return level, kids, []
-        level = inner
-    wholes = [kid for kid in kids if is_whole(kid)]
-    asked = [kid for kid in kids if split and kid.lower() == split.lower()]
-    if kids and all(len(splits_in(kid)) == 1 for kid in kids):
-        if wholes or len({rest_of(kid) for kid in kids}) == 1:
-            return level, kids, []
-        return "", [], [f"{listed(kids)} are taken as classes, not as splits"]
-    if asked:
-        return level, kids, []
-    if wholes and split and any(splits_in(kid) == {CANONICAL.get(split)} for kid in wholes):
-        return level, kids, []
-    if wholes:
-        beside = [f"{kid}/" for kid in kids if kid not in wholes]
-        one = os.path.join(source, level, wholes[0])
-        raise UserError(
-            f"{source}: {listed([f'{kid}/' for kid in wholes])} may be a split, or a class beside "
-            f"{listed(beside)}; --split all reads every folder as a class, --split {wholes[0]} (or "
-            f"--data {one}) that folder alone"
-        )
-    if nested := [kid for kid in kids if holds_splits(images, os.path.join(level, kid))]:
-        theirs = kids_of(images, os.path.join(level, nested[0]))
-        prefix = f"{level}/" if level else ""
-        raise UserError(
-            f"{source}: {listed([f'{kid}/' for kid in nested], 10)} each have splits of their own "
-            f"({listed(theirs)}); say one: --data {source}:{prefix}{nested[0]}; or --split all for "
-            "everything"
-        )
-    return "", [], []
-
-
-def holds_splits(images: dict[str, list[str]], folder: str) -> bool:
-    kids = kids_of(images, folder)
-    return bool(kids) and folder not in images and all(map(is_whole, kids))
-
-
-def drop_masks(found: Found) -> None:
-    """Pass over folders of masks: named as such, beside a folder of images of the same names."""
-
-    def stems(folder: str) -> set[str]:
-        return {
-            os.path.splitext(os.path.join(each, name)[len(folder) + 1 :])[0]
-            for each, names in found.images.items()
-            if is_below(each, folder)
-            for name in names
-        }
-
-    every = {
-        folder[: m.end() - 1] for folder in found.images for m in re.finditer("$|/", folder + "/")
-    }
-    for folder in sorted(every):
-        above, name = os.path.split(folder)
-        if name not in MASKS or not any(is_below(each, folder) for each in found.images):
-            continue
-        pictures = [os.path.join(above, each) for each in PICTURES]
-        mine = stems(folder)
-        if mine and any(mine <= stems(picture) for picture in pictures):
-            for each in [each for each in found.images if is_below(each, folder)]:
-                found.passed_over[f"masks in {printable(name)}/"] += len(found.images.pop(each))
-
-
-def parents(folder: str) -> list[str]:
-    """The folders above a relative one, itself left out."""
-    parts = folder.split(os.sep)
-    return [os.sep.join(parts[:i]) for i in range(1, len(parts))]
 
 
 def read_metadata(plan: Plan, found: Found) -> None:
@@ -817,7 +562,7 @@ def read_metadata(plan: Plan, found: Found) -> None:
     for file in sorted(found.metadata):
         rows = tables.metadata_rows(os.path.join(plan.root, file))
         if rows is None:
-            found.passed_over["metadata without file_name"] += 1
+            found.pass_over("metadata without file_name", 1)
             continue
         folder = os.path.dirname(os.path.join(plan.root, file))
         lost = []

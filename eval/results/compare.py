@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from common.encoders import CIFAR
 from common.errors import printable
-from common.plan import is_whole
+from common.layout import is_whole
 from eval.results.published import DATA, PUBLISHED, SOURCES, Published, data_set
 from eval.results.record import (
     FOLLOWING,

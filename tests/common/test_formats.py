@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from common.depth import settle
 from common.errors import UserError
-from common.formats import FORMATS, MAX_SIDE, SUFFIXES, Reading, look_at, read, settle
+from common.formats import FORMATS, MAX_SIDE, SUFFIXES, Reading, look_at, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:Image size", "ignore::UserWarning:PIL")
 

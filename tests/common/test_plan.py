@@ -21,7 +21,8 @@ from PIL import Image
 from common import plan as planning
 from common.config import SourceConfig
 from common.errors import UserError
-from common.plan import NoSplit, plan_of, words_of
+from common.layout import words_of
+from common.plan import NoSplit, plan_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
