@@ -42,9 +42,9 @@ METADATA = {"metadata.csv", "metadata.jsonl"}
 
 
 def words_of(name: str) -> list[str]:
-    """A name in lower case, cut at `-`, `_`, `.`, spaces and before digits; `trainset` in two."""
+    """A name in lower case, cut at `-`, `_`, `.`, `=`, spaces, before digits; `trainset` in two."""
     found: list[str] = []
-    for word in re.split(r"[-_. ]+|(?<=\D)(?=\d)", name.lower()):
+    for word in re.split(r"[-_.= ]+|(?<=\D)(?=\d)", name.lower()):
         match = re.fullmatch(rf"({'|'.join(CANONICAL)})({'|'.join(AFFIXES)})", word)
         found += match.groups() if match else [word] if word else []
     return found
@@ -234,30 +234,38 @@ def folders_of_splits(found: Found, split: str, source: str) -> tuple[str, list[
             return level, kids, []
         level = inner
     wholes = [kid for kid in kids if is_whole(kid)]
-    if kids and all(len(splits_in(kid)) == 1 for kid in kids):
-        if wholes or len({rest_of(kid) for kid in kids}) == 1:
-            return level, kids, []
-        return "", [], [f"{listed(kids)} are taken as classes, not as splits"]
+    worded = [kid for kid in kids if splits_in(kid)]
+    rests = Counter(rest_of(kid) for kid in worded)
+    if kids and all(len(splits_in(kid)) == 1 for kid in kids) and (wholes or len(rests) == 1):
+        return level, kids, []
+    # seg_train/ and seg_test/ beside seg_pred/ may be splits; steam_train/ and test_tube/ are none
+    unclear = [kid for kid in worded if kid in wholes or rests[rest_of(kid)] > 1]
     wanted = {CANONICAL.get(split.lower())}
-    if split and any(kid.lower() == split.lower() or splits_in(kid) == wanted for kid in wholes):
+    if split and any(kid == split or splits_in(kid) == wanted for kid in unclear):
         return level, kids, []
-    if any(kid == split for kid in kids):
+    if split and any(kid.lower() == split.lower() for kid in kids):
         return level, kids, []
-    if wholes:
-        beside = folders([kid for kid in kids if kid not in wholes])
-        one = os.path.join(source, level, wholes[0])
+    if unclear:
+        beside = folders([kid for kid in kids if kid not in unclear]) or "one another"
+        one = os.path.join(source, level, unclear[0])
         raise UserError(
-            f"{source}: {folders(wholes)} may be a split, or a class beside {beside}; --split "
-            f"all reads every folder as a class, --split {wholes[0]} (or --data {one}) that alone"
+            f"{source}: {folders(unclear)} may be splits, or classes beside {beside}; --split all "
+            f"reads every folder as a class, --split {unclear[0]} (or --data {one}) that alone"
         )
-    if nested := [kid for kid in kids if holds_splits(found, os.path.join(level, kid))]:
-        theirs = listed(found.kids[os.path.join(level, nested[0])])
+    nested = [
+        kid for kid in kids if any(map(is_whole, found.kids.get(os.path.join(level, kid), ())))
+    ]
+    if nested:
         name = os.path.join(level, nested[0])
         raise UserError(
-            f"{source}: {folders(nested, 10)} each have splits of their own ({theirs}); say one: "
-            f"--data {source}:{name}; or --split all for everything"
+            f"{source}: {folders(nested, 10)} each have splits of their own "
+            f"({listed(found.kids[name])}); say one: --data {source}:{name}; or --split all for "
+            "everything"
         )
-    return "", [], []
+    notes = [
+        f"{folders(worded)} taken as {'a class' if len(worded) == 1 else 'classes'}, not splits"
+    ]
+    return "", [], notes if worded else []
 
 
 def holds_splits(found: Found, folder: str) -> bool:

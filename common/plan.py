@@ -189,7 +189,8 @@ class Plan:
         return without_unknown(labels, f"in {column!r}")
 
     def _labels_of_folder(self, part: Part) -> Labels:
-        if self.metadata and self.how.label_depth is None:
+        described = any(path in self.metadata for path in part.paths)
+        if described and self.how.label_depth is None:
             return self._labels_of_metadata(part)
         depth = self.how.label_depth
         if depth == 0:
@@ -227,7 +228,7 @@ class Plan:
     def _labels_of_metadata(self, part: Part) -> Labels:
         rows = [self.metadata.get(path) for path in part.paths]
         columns = list(dict.fromkeys(key for row in rows if row for key in row))
-        columns = [name for name in columns if name != "file_name"]
+        columns = [name for name in columns if name not in ("file_name", "split")]
         column = self.how.label_column
         if column is not None and column not in columns:
             raise UserError(
@@ -241,8 +242,12 @@ class Plan:
         values = [None if row is None else row.get(column) for row in rows]
         without = sum(row is None for row in rows)
         notes = [f"{counted(without, 'image')} without a row in the metadata"] if without else []
-        if any(os.sep in p.removeprefix(part.base).lstrip(os.sep) for p in part.paths):
-            notes.append("the metadata's labels, not the folders; --label-depth 1 takes these")
+        start = len(part.base.rstrip(os.sep)) + 1
+        if (
+            len({path[start:].split(os.sep)[0] for path in part.paths if os.sep in path[start:]})
+            > 1
+        ):
+            notes.append("labels are the metadata's, not the folders'; --label-depth 1 takes these")
         labels = Labels(tables.tidy(values), f"column {column!r} of the metadata", notes=notes)
         return without_unknown(labels, f"in {column!r}")
 
@@ -417,7 +422,7 @@ def of_file(source: str, path: str, how: SourceConfig) -> Plan:
     """One table, given by its name: all of it is the training split."""
     if not tables.is_table(path):
         raise UserError(f"{source}: not a folder, a .parquet or an .arrow file")
-    table = tables.opened([path], source)
+    table = opened([path], source, how)
     named = splits_in(Path(path).stem) - {"train"}
     notes = [f"one table, so all of it is read, though its name says {listed(sorted(named))}"]
     part = Part("", "", table.rows, [path], table)
@@ -473,6 +478,18 @@ def of_folder(source: str, root: str, configuration: str, how: SourceConfig) -> 
 # ---- tables --------------------------------------------------------------------------------------
 
 
+def opened(paths: Sequence[str], source: str, how: SourceConfig) -> Table:
+    """The rows of some tables.
+
+    Raises:
+        UserError: they cannot be read as one, or a column mixes splits.
+    """
+    table = tables.opened(paths, source)
+    if "split" in table.features and how.label_column != "split":
+        check_split_column(source, table.labels("split")[0], how)
+    return table
+
+
 def of_tables(source: str, root: str, wanted: str, found: Found, how: SourceConfig) -> Plan:
     """The tables of a folder by split, of one configuration.
 
@@ -513,7 +530,7 @@ def of_tables(source: str, root: str, wanted: str, found: Found, how: SourceConf
         paths = [os.path.join(root, file) for file in files]
         if len(files) > 1 and not split:
             notes.append(f"{len(files):,} tables are read as one: {listed(files)}")
-        table = tables.opened(paths, source)
+        table = opened(paths, source, how)
         notes += table.notes
         parts.append(Part(split, split, table.rows, paths, table))
     return Plan(source, "tables", how, parts, root, notes=list(dict.fromkeys(notes)))
@@ -557,24 +574,45 @@ def of_images(source: str, root: str, found: Found, how: SourceConfig) -> Plan:
 
 
 def read_metadata(plan: Plan, found: Found) -> None:
-    """The rows of `metadata.csv` and `metadata.jsonl`, as `datasets`' imagefolder has them."""
+    """The rows of `metadata.csv` and `metadata.jsonl`, as `datasets`' imagefolder has them.
+
+    Raises:
+        UserError: rows differ on one file, or name splits.
+    """
     known = {path for part in plan.parts for path in part.paths}
     for file in sorted(found.metadata):
         rows = tables.metadata_rows(os.path.join(plan.root, file))
         if rows is None:
             found.pass_over("metadata without file_name", 1)
             continue
-        folder = os.path.dirname(os.path.join(plan.root, file))
-        lost = []
+        check_split_column(f"{plan.source}: {file}", [row.get("split") for row in rows], plan.how)
+        folder, lost = os.path.dirname(os.path.join(plan.root, file)), []
         for row in rows:
-            path = os.path.normpath(os.path.join(folder, str(row["file_name"])))
+            name = str(row.get("file_name") or "(no name)")
+            path = os.path.normpath(os.path.join(folder, name))
+            if plan.metadata.get(path, row) != row:
+                raise UserError(f"{plan.source}: {file}: two rows differ on {name}; keep one")
             if path in known:
                 plan.metadata[path] = row
             elif not os.path.exists(path):
-                lost.append(str(row["file_name"]))
+                lost.append(name)
         if lost:
             rows_ = counted(len(lost), "row")
             plan.notes.append(f"{rows_} of {file} without a file: {listed(lost, 3)}")
+
+
+def check_split_column(where: str, values: Sequence[Any], how: SourceConfig) -> None:
+    """Refuse a column `split` of several splits, which would be mixed; `--split all` wants that.
+
+    Raises:
+        UserError: with the splits.
+    """
+    names = sorted({str(value) for value in values if value})
+    if len(names) > 1 and any(map(splits_in, names)) and how.split != "all":
+        raise UserError(
+            f"{where}: its column 'split' names {listed(names)}, which is not read: put each into "
+            "a folder or table of that name; or --split all to train on all of it"
+        )
 
 
 # ---- what a run was trained on -------------------------------------------------------------------

@@ -59,19 +59,18 @@ class Table:
             else:
                 parts = [arrow(file) for file in files]
                 kinds = [part.features for part in parts]
-                same = all(list(kind) == list(kinds[0]) for kind in kinds)
-                self._dataset = datasets.concatenate_datasets(parts) if same else parts[0]
-                self.rows, self.features = len(self._dataset), kinds[0]
+                self.rows, self.features = sum(map(len, parts)), kinds[0]
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{source}: {first_line(error)}") from error
-        for file, kind in zip(files, kinds, strict=True):
-            if set(kind) != set(self.features):
-                raise UserError(
-                    f"{source}: {os.path.basename(file)} has the columns {', '.join(kind)}, and "
-                    f"{os.path.basename(files[0])} {', '.join(self.features)}; give one of them"
-                )
+        check_alike(source, [(os.path.basename(f), k) for f, k in zip(files, kinds, strict=True)])
+        if not self.parquet:
+            try:
+                parts = [part.select_columns(list(self.features)) for part in parts]
+                self._dataset = datasets.concatenate_datasets(parts)
+            except Exception as error:
+                raise UserError(f"{source}: {first_line(error)}") from error
 
     @property
     def dataset(self) -> Any:
@@ -127,6 +126,7 @@ class Table:
         kind, values = self.features[name], self.column(name)
         if inner := list_element(kind):
             names = tuple(inner.names) if isinstance(inner, datasets.ClassLabel) else ()
+            values = [None if has_unknown(value) else value for value in values]
             if names:
                 values = [v if v is None else [names[each] for each in v] for v in values]
             return values, names
@@ -278,6 +278,35 @@ def label_column(table: Table, source: str, name: str | None = None) -> str | No
     return name
 
 
+def check_alike(source: str, kinds: Sequence[tuple[str, Any]]) -> None:
+    """Refuse tables that are read as one though their columns differ, or the classes they list.
+
+    Args:
+        kinds: the name of each and the features of `datasets`.
+
+    Raises:
+        UserError: with the first that differs.
+    """
+    first, features = kinds[0]
+    for name, other in kinds[1:]:
+        if set(other) != set(features):
+            raise UserError(
+                f"{source}: {name} has the columns {', '.join(other)}, and {first} "
+                f"{', '.join(features)}; give one of them"
+            )
+        for column, kind in features.items():
+            if class_names(kind) != class_names(other[column]):
+                raise UserError(
+                    f"{source}: {name} and {first} list other classes for {column!r}, or in "
+                    "another order; give one of them"
+                )
+
+
+def class_names(kind: Any) -> Any:
+    """The classes that a column lists, or a column of lists; else None."""
+    return getattr(list_element(kind) or kind, "names", None)
+
+
 def check_column(table: Table, source: str, name: str | None) -> None:
     if name is not None and name not in table.features:
         raise UserError(f"{source}: no column {name!r}; it has {', '.join(table.features)}")
@@ -296,6 +325,11 @@ def is_image(kind: Any) -> bool:
     import datasets
 
     return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
+
+
+def has_unknown(labels: Sequence[Any] | None) -> bool:
+    """Whether a list of labels is missing, or one in it: None, NaN, or the -1 of a ClassLabel."""
+    return labels is None or any(v is None or v == -1 or v != v for v in labels)
 
 
 def tidy(values: Sequence[Any]) -> list[Any]:
@@ -317,29 +351,49 @@ def metadata_rows(path: str) -> list[dict[str, Any]] | None:
     """The rows of a metadata.csv or metadata.jsonl; None where they do not name files.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or a row has more fields than there are columns.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            if path.endswith(".csv"):
-                rows = [dict(row) for row in csv.DictReader(file)]
+            if path.lower().endswith(".csv"):
+                reader = csv.DictReader(file, restkey="")
+                rows = [
+                    dict(row)
+                    for row in reader
+                    if any("".join(value or "") for value in row.values())
+                ]
+                names = [name.strip() for name in reader.fieldnames or ()]
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError, csv.Error) as error:
+                names = [str(name) for row in rows for name in row]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
-    if not all(isinstance(row, dict) and row.get("file_name") for row in rows):
+    if "file_name" not in names or not all(isinstance(row, dict) for row in rows):
         return None
-    return numbers(rows) if path.endswith(".csv") else rows
+    for row in rows:
+        if "" in row:
+            raise UserError(
+                f"{path}: more fields than columns in the row of {row.get('file_name')}; a text "
+                "with a comma needs quotes"
+            )
+    return numbers(rows) if path.lower().endswith(".csv") else rows
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of texts with integers in the columns that hold nothing else, so that 9 is before 10."""
+    """Rows of texts with integers in the columns that hold nothing else, so that 9 is before 10.
+
+    Not where a number is written in another way, as 007 is, which may be another label than 7.
+    """
     for name in rows[0] if rows else ():
         values = [row[name] for row in rows if row.get(name)]
-        if name != "file_name" and values and all(str(v).lstrip("-").isdecimal() for v in values):
+        if name != "file_name" and values and all(is_integer(value) for value in values):
             for row in rows:
                 row[name] = int(row[name]) if row.get(name) else None
     return rows
+
+
+def is_integer(text: str) -> bool:
+    return text.lstrip("-").isdecimal() and str(int(text)) == text
 
 
 # ---- the Hub -------------------------------------------------------------------------------------

@@ -54,6 +54,11 @@ def parquet(path, count=4, column="label", labels=None, kind=None):
     pq.write_table(pa.table({"image": cells, column: pa.array(values, kind)}), path)
 
 
+def write_arrow(path, table):
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+
+
 def plan(root, split="", **how):
     return plan_of(str(root), SourceConfig(split=split, **how))
 
@@ -111,14 +116,14 @@ def test_a_folder_beside_classes_is_a_class_though_its_name_has_a_word(tmp_path,
         plan(tmp_path).choose("test")
     classes(tmp_path / "only two", "steam_train", "test_tube")
     _, labels, lines = read(tmp_path / "only two")
-    assert set(labels) == {"steam_train", "test_tube"} and "as classes, not as splits" in lines
+    assert set(labels) == {"steam_train", "test_tube"} and "taken as classes, not splits" in lines
 
 
 @pytest.mark.parametrize("name", ["train", "Test", "val", "training_set", "valid2"])
 def test_a_folder_that_may_be_a_split_or_a_class_is_refused(tmp_path, name):
     classes(tmp_path, "bus", name, "plane")
     said = refused(tmp_path)
-    assert f"{name}/ may be a split, or a class beside bus/, plane/" in said
+    assert f"{name}/ may be splits, or classes beside bus/, plane/" in said
     assert len(read(tmp_path, "all")[0]) == 6 and set(read(tmp_path, "all")[1]) > {name}
     names, _, lines = read(tmp_path, name)
     assert len(names) == 2 and "not read here: bus 2, plane 2" in lines
@@ -138,6 +143,19 @@ def test_words_of_other_splits_are_refused_unless_one_is_chosen(tmp_path, name):
     said = refused(tmp_path / "tables")
     assert "say --split train" in said
     assert len(read(tmp_path / "tables", "train")[1]) == 4
+
+
+def test_folders_that_are_splits_but_for_one_are_refused(tmp_path):
+    classes(tmp_path / "seg_train" / "seg_train", "sea", "street")
+    classes(tmp_path / "seg_test" / "seg_test", "sea", "street", count=1)
+    put(tmp_path, "seg_pred/seg_pred/1.png")
+    assert "seg_test/, seg_train/ may be splits, or classes beside seg_pred/" in refused(tmp_path)
+    names, labels, _ = read(tmp_path, "seg_train", label_depth=2)
+    assert len(names) == 4 and set(labels) == {"seg_train/sea", "seg_train/street"}
+    assert len(plan(tmp_path, "seg_train").choose("test").paths) == 2
+    classes(tmp_path / "mvtec" / "bottle", "train/good", "test/broken", "ground_truth/broken")
+    classes(tmp_path / "mvtec" / "cable", "train/good", "test/broken", "ground_truth/broken")
+    assert "bottle/, cable/ each have splits of their own" in refused(tmp_path / "mvtec")
 
 
 def test_two_folders_of_one_split_are_refused(tmp_path):
@@ -170,7 +188,8 @@ def test_images_beside_splits_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["birds_{}.parquet", "birds-{}.arrow", "{}/0.parquet", "{}_set.PARQUET"]
+    "pattern",
+    ["birds_{}.parquet", "birds-{}.arrow", "{}/0.parquet", "{}_set.PARQUET", "split={}/a.parquet"],
 )
 def test_tables_of_splits(tmp_path, pattern):
     for split, count in (("train", 5), ("test", 3)):
@@ -178,8 +197,7 @@ def test_tables_of_splits(tmp_path, pattern):
         if path.suffix == ".arrow":
             rows = {"image": [{"bytes": png(i), "path": None} for i in range(count)]}
             table = pa.table(rows | {"label": list(range(count))})
-            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
-                out.write_table(table)
+            write_arrow(path, table)
         else:
             parquet(path, count)
     _, labels, lines = read(tmp_path)
@@ -256,6 +274,35 @@ def test_one_table_is_read_whole_and_its_name_is_told(tmp_path):
     parquet(tmp_path / "birds_test.parquet")
     _, labels, lines = read(tmp_path / "birds_test.parquet")
     assert len(labels) == 4 and "though its name says test" in lines
+
+
+def test_tables_that_differ_in_what_they_list_are_refused(tmp_path):
+    for name, kinds in (("a", ["cat", "dog"]), ("b", ["bird", "fish"])):
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=kinds))
+        rows = {"image": [{"bytes": PNG, "path": None}] * 2, "label": [0, 1]}
+        table = datasets.Dataset.from_dict(rows, features)
+        (tmp_path / "arrow").mkdir(exist_ok=True)
+        (tmp_path / "parquet").mkdir(exist_ok=True)
+        table.to_parquet(tmp_path / "parquet" / f"{name}.parquet")
+        columns = ["image", "label"] if name == "a" else ["label", "image"]
+        same = datasets.Dataset.from_dict(rows).select_columns(columns).with_format("arrow")[:]
+        write_arrow(tmp_path / "arrow" / f"{name}.arrow", same)
+    assert "list other classes for 'label'" in refused(tmp_path / "parquet")
+    assert len(read(tmp_path / "arrow")[1]) == 4  # in another order, the columns are the same
+
+
+def test_a_column_of_splits_is_not_mixed(tmp_path):
+    parquet(tmp_path / "a.parquet", 4, "split", ["train", "train", "test", "train"])
+    said = refused(tmp_path / "a.parquet")
+    assert "its column 'split' names test, train, which is not read" in said
+    assert plan(tmp_path / "a.parquet", "all").choose("all").count == 4
+    classes(tmp_path / "d", "x", "y")
+    write_metadata(tmp_path / "d" / "metadata.csv", [
+        {"file_name": f"{c}/{i}.png", "label": i, "split": ("train", "val")[i]}
+        for c in "xy" for i in range(2)
+    ])  # fmt: skip
+    assert "names train, val" in refused(tmp_path / "d")
+    assert read(tmp_path / "d", "all")[1] == [0, 1, 0, 1]
 
 
 # ---- what is passed over -------------------------------------------------------------------------
@@ -397,6 +444,21 @@ def test_labels_of_metadata(tmp_path, suffix):
         {key: row[key] for key in ("file_name", "kind", "age")} for row in rows
     ])  # fmt: skip
     assert "kind, age; --label-column NAME chooses" in read(tmp_path)[2]
+
+
+def test_metadata_that_is_not_clear(tmp_path):
+    put(tmp_path, "1.png", "2.png", "3.png")
+    rows = [{"file_name": f"{i}.png", "label": label} for i, label in ((1, "007"), (2, "7"))]
+    write_metadata(tmp_path / "metadata.csv", rows)
+    assert read(tmp_path)[1] == ["007", "7", None]
+    with open(tmp_path / "metadata.csv", "a") as file:
+        file.write("\n\n,,\n3.png,9\n")
+    assert read(tmp_path)[1] == ["007", "7", "9"]
+    with open(tmp_path / "metadata.csv", "a") as file:
+        file.write("3.png,8\n")
+    assert "two rows differ on 3.png" in refused(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,label\n1.png,a, b\n")
+    assert "more fields than columns in the row of 1.png" in refused(tmp_path)
 
 
 def write_metadata(path, rows):
