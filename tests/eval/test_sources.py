@@ -1,0 +1,124 @@
+"""What an evaluation takes from the run's way to read its images, and what it is told otherwise."""
+
+import shutil
+
+import pytest
+import torch
+
+import eval.knn
+import eval.linear
+import eval.neighbours
+from common.files import read_json
+from tests.common.test_plan import classes, parquet, put
+from tests.eval.harness import save_run
+from tests.helpers import evaluate, pretrain
+
+
+@pytest.fixture
+def judged(tmp_path, capsys):
+    """kNN on a run of the given settings: its record, and what was printed."""
+
+    def call(data, *argv, **config):
+        run = tmp_path / "run"
+        if not run.exists():
+            save_run(run, data=str(data), **config)
+        evaluate(eval.knn, run, "--k", "3", *argv)
+        [row] = [read_json(path) for path in (run / "results").iterdir()]
+        shutil.rmtree(run / "results")
+        (run / "results").mkdir()
+        return row, capsys.readouterr().err
+
+    return call
+
+
+def refused(judged, capsys, *args, **config):
+    with pytest.raises(SystemExit) as caught:
+        judged(*args, **config)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_labels_that_are_missing_are_left_out_and_counted(tmp_path, judged):
+    parquet(tmp_path / "a_train.parquet", 9, labels=[0, 1, None, 1, 0, 1, 0, None, 1])
+    parquet(tmp_path / "a_test.parquet", 4, labels=[0, None, 1, 0])
+    row, said = judged(tmp_path)
+    assert (row["train_images"], row["test_images"]) == (7, 3)
+    assert "2 of 9 labels are missing in 'label'" in said
+    assert "1 of 4 labels is missing in 'label'" in said
+    assert "split train 9, test 4" in said
+
+
+def test_a_test_split_without_labels_names_the_flag_that_helps(tmp_path, judged, capsys):
+    classes(tmp_path / "d" / "train", "cat", "dog", count=6)
+    put(tmp_path / "d", *[f"test/{i}.png" for i in range(4)])
+    said = refused(judged, capsys, tmp_path / "d")
+    assert "the test split has no labels (test: no class folders" in said
+    assert "--test-split none" in said
+    row, _ = judged(tmp_path / "d", "--test-split", "none")
+    assert (row["train_images"], row["test_images"]) == (12, 12)  # each left out in turn
+    assert row["columns"] == {"test_split": "none"}
+    classes(tmp_path / "d" / "holdout", "cat", "dog", count=2)
+    row, said = judged(tmp_path / "d", "--split", "train", "--test-split", "holdout")
+    assert (row["train_images"], row["test_images"]) == (12, 4)
+    assert "split train 12, holdout 4; not read here: test 4" in said
+    assert "is what is trained on" in refused(
+        judged, capsys, tmp_path / "d", "--split", "train", "--test-split", "train"
+    )
+
+
+def test_the_runs_label_depth_and_split_are_taken(tmp_path, judged):
+    data = tmp_path / "d"
+    classes(data, "train2014/a/x", "train2014/a/y", "train2017/a/x", "train2017/b/x", count=3)
+    config = {"split": "train2017", "label_depth": 2}
+    row, _ = judged(data, **config)
+    assert row["train_images"] == 6 and row["columns"] == config
+    row, _ = judged(data, "--split", "train2014")
+    assert row["columns"]["split"] == "train2014"
+
+
+def test_a_split_without_labels_gives_way_to_train(tmp_path, judged):
+    put(tmp_path / "d", *[f"unlabeled/{i}.png" for i in range(3)])
+    classes(tmp_path / "d", "train/a", "train/b", count=3)
+    classes(tmp_path / "d", "test/a", "test/b", count=1)
+    row, said = judged(tmp_path / "d", split="unlabeled")
+    assert (row["train_images"], row["test_images"]) == (6, 2)
+    assert "unlabeled has no labels: train is judged with in its place" in said
+
+
+def test_images_that_were_moved_are_the_runs(tmp_path, capsys):
+    classes(tmp_path / "one", "Fruit/Apple", "Fruit/Pear", "Nut/Wal", count=4)
+    words = f"demo --data {tmp_path}/one --out {tmp_path}/run --image-size 16 --batch-size 6"
+    words += " --epochs 1 --warmup-epochs 0 --knn-every 0 --label-depth 2"
+    pretrain("simclr", *words.split())
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(SystemExit):
+        evaluate(eval.knn, tmp_path / "run")
+    assert "the run's images are not there any more; say where: --data" in capsys.readouterr().err
+    evaluate(eval.linear, tmp_path / "run", "--data", tmp_path / "two", "--protocol", "features")
+    [path] = (tmp_path / "run" / "results").iterdir()
+    assert read_json(path)["columns"] == {"label_depth": 2} and "-on-" not in path.name
+    (tmp_path / "two" / "Nut" / "Wal" / "0.png").unlink()  # no longer those of the run
+    evaluate(eval.knn, tmp_path / "run", "--data", tmp_path / "two", "--k", "3")
+    other = [read_json(p) for p in (tmp_path / "run" / "results").iterdir() if p != path]
+    assert other[0]["columns"] == {} and other[0]["train_images"] == 11
+
+
+def test_the_online_classifier_does_not_see_missing_labels(tmp_path, monkeypatch):
+    from eval import online
+
+    parquet(tmp_path / "train.parquet", 12, labels=[None, None, 1, 0] * 3)
+    parquet(tmp_path / "test.parquet", 4, labels=[0, 1, 0, None])
+    seen, update = [], online.update
+
+    def spy(linear, optimizer, features, labels, accelerator):
+        seen.append(labels)
+        return update(linear, optimizer, features, labels, accelerator)
+
+    monkeypatch.setattr(online, "update", spy)
+    words = f"demo --data {tmp_path} --out {tmp_path}/run --image-size 16 --batch-size 6 --epochs 4"
+    pretrain("simclr", *words.split(), *["--warmup-epochs", "0", "--online-linear"])
+    labels = torch.cat(seen)
+    assert (labels == online.HIDDEN).double().mean() == 0.5
+    [path] = (tmp_path / "run" / "results").iterdir()
+    row = read_json(path)
+    assert (row["train_images"], row["test_images"]) == (6, 3)
