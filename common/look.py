@@ -91,6 +91,9 @@ def kinds_of(plan: Plan) -> dict[str, str]:
     kinds: dict[str, str] = {}
     for kind, count in plan.sampled().items():
         sizes = [(x.width, x.height) for x in plan.looks if plan.kind_of(x) == kind]
+        if not sizes:
+            kinds[f"{count} {kind}"] = f"e.g. {plan.undecodable[0]}"
+            continue
         sides = [f"{min(each)} to {max(each)}" for each in zip(*sizes, strict=True)]
         same = len(set(sizes)) == 1
         size = f"{sizes[0][0]} x {sizes[0][1]} px" if same else f"{sides[0]} x {sides[1]} px"

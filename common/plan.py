@@ -303,8 +303,7 @@ class Plan:
                     lines.append(f"labels by {labels.origin}{one}")
         lines += self.notes
         if sample := self.sampled():
-            count = len(self.looks) + len(self.undecodable)
-            lines.append(f"a sample of {count}: {told(sample)}")
+            lines.append(f"a sample of {sum(sample.values())}: {told(sample)}")
         if self.passed_over:
             files = counted(sum(self.passed_over.values()), "other file")
             lines.append(f"{files} passed over: {told(self.passed_over)}")
@@ -340,7 +339,8 @@ class Plan:
 
     def sampled(self) -> dict[str, int]:
         """Kinds of the images looked at, most frequent first: "JPEG RGB 8 bits" to a count."""
-        return dict(Counter(map(self.kind_of, self.looks)).most_common())
+        kinds = dict(Counter(map(self.kind_of, self.looks)).most_common())
+        return kinds | ({"undecodable": len(self.undecodable)} if self.undecodable else {})
 
     @staticmethod
     def kind_of(look: Look) -> str:
