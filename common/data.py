@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -276,6 +277,7 @@ def end_workers() -> None:
     """At exit, end the workers of a loader that still waits, as a traceback may hold it."""
     if hasattr(signal, "SIGCHLD"):  # on which DataLoader would raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    sys.excepthook = lambda *_: None  # of a thread that was handing over indices to one of them
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
