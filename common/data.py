@@ -441,7 +441,7 @@ def encode_labels(
         name, _ = Counter(names).most_common(1)[0]
         alike = " and ".join(ascii(v) for v, n in zip(present, names, strict=True) if n == name)
         raise UserError(f"names of classes that look alike: {alike}; rename all but one")
-    order = list(classes or names)
+    order = [printable(name) for name in classes or names]
     order += [name for name in dict.fromkeys(names) if name not in order]
     place = {value: order.index(name) for value, name in zip(present, names, strict=True)}
     if not several:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,8 @@ import byol.config
 import moco.config
 import simclr.config
 from common import encoders
-from eval.encoder import Preprocess, build_seeded
-from tests.eval.harness import save_encoder
-from tests.helpers import METHODS, ROOT
+from tests.helpers import METHODS, ROOT, exported, pretrain
+from tests.test_tour import draw
 
 PAGES = [
     *ROOT.glob("*.md"),
@@ -62,26 +62,83 @@ def test_a_wrong_name_is_seen():
     assert not any(is_there(ROOT / "README.md", target) for target in targets(text))
 
 
-def test_exported_weights_go_into_torchvision_and_other_networks_do_not(tmp_path):
+# ---- the Python on the pages ---------------------------------------------------------------------
+
+ENCODERS = {  # runs with torchvision's network, and with two others of the same names of tensors
+    "torchvision": ("simclr", "cifar10", "--stem", "imagenet"),
+    "cifar stem": ("simclr", "cifar10"),
+    "GN + WS": ("byol", "imagenet-gnws", "--arch", "resnet18"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Each of `ENCODERS` after a step on images in a folder, which is the last."""
+    folder = tmp_path_factory.mktemp("encoders")
+    draw(folder / "images", 16)
+    few = ("--image-size", 32, "--batch-size", 8, "--epochs", 0.5, "--warmup-epochs", 0)
+    for name, (method, *argv) in ENCODERS.items():
+        pretrain(
+            method,
+            *argv,
+            *few,
+            "--knn-every",
+            0,
+            "--data",
+            folder / "images",
+            "--out",
+            folder / name,
+        )
+    return folder
+
+
+def block_of(page, holding, run, images, **replaced):
+    """The one Python block of a page with some text in it, for a run and a folder of images."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    [block] = [block for block in blocks if holding in block]
+    for word, by in {"RUN": run, "path/to/images": images, **replaced}.items():
+        block = block.replace(word, str(by))
+    found = {}
+    exec(block, found)
+    return found
+
+
+def test_every_python_block_of_the_front_door_is_run_here():
+    for page, count in (("README.md", 1), ("docs/encoders.md", 2)):
+        assert (ROOT / page).read_text().count("```python") == count
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_encoder_of_any_run_is_one_call(name, runs):
+    """The tensors are the run's, each of them, and the features those of an evaluation."""
+    found = block_of("README.md", "prepare(", runs / name, runs / "images")
+    network = found["encoder"].network
+    tensors, about = exported(runs / name)
+    state = network.state_dict()
+    assert state.keys() == {key for key in tensors if not key.startswith("head.")}
+    assert all(torch.equal(value, tensors[key]) for key, value in state.items())
+    assert not network.training and found["images"].shape == (8, 3, 32, 32)
+    assert (about["norm"] == '"gn+ws"') == any(
+        isinstance(module, torch.nn.GroupNorm) for module in network.modules()
+    )
+    assert (network.conv1.kernel_size == (3, 3)) == (name == "cifar stem")
+    judged = block_of("docs/encoders.md", "encode(", runs / name, runs / "images")
+    assert judged["features"].shape == (16, 512) and len(judged["index"]) == 16
+    assert torch.allclose(found["features"], judged["features"][:8], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_exported_weights_go_into_torchvision_and_other_networks_do_not(name, runs):
     """docs/encoders.md's block, here with the smaller ResNet-18."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/encoders.md").read_text(), re.DOTALL)
-    block, features = blocks
-    block = block.replace("resnet50", "resnet18").replace("RUN", str(tmp_path))
-    assert str(tmp_path / "encoder.safetensors") in block
-    for name, norm in (("resnet18", "bn"), ("resnet18", "gn+ws"), ("resnet18-cifar", "bn")):
-        network = build_seeded({"encoder": name, "norm": norm}, Preprocess.of(32))
-        save_encoder(tmp_path / "encoder.safetensors", network, name, norm=norm)
-        found = {}
-        if (name, norm) == ("resnet18", "bn"):
-            exec(block, found)
-            images = torch.rand(2, 3, 32, 32)
-            assert torch.equal(found["model"].eval()(images), network(images))
-            features = features.replace("RUN", str(tmp_path)).replace("path/to/images", "demo")
-            exec(features.replace('open_images("demo")', 'open_images("demo", "test")'), found)
-            assert found["features"].shape == (2000, 512) and len(found["index"]) == 2000
-        else:
-            with pytest.raises(RuntimeError):
-                exec(block, found)
+    block = partial(block_of, "docs/encoders.md", "torchvision.models", resnet50="resnet18")
+    if name == "torchvision":
+        found = block(runs / name, "")
+        images = torch.rand(2, 3, 32, 32)
+        ours = block_of("README.md", "prepare(", runs / name, runs / "images")["encoder"].network
+        assert torch.equal(found["model"].eval()(images), ours(images))
+    else:
+        with pytest.raises(RuntimeError, match=r"Error.* in loading state_dict for ResNet"):
+            block(runs / name, "")
 
 
 # ---- the table of recipes ------------------------------------------------------------------------

@@ -23,11 +23,11 @@ def tour():
     return block
 
 
-def draw(folder):
-    """256 pictures of the embedded images, twice as large."""
+def draw(folder, count=256):
+    """`count` pictures of the embedded images, twice as large."""
     folder.mkdir()
     pixels, _ = demo.split("test")
-    for i, image in enumerate(pixels[:256]):
+    for i, image in enumerate(pixels[:count]):
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         picture.resize((64, 64)).save(folder / f"{i:03}.png")
     return folder

@@ -262,9 +262,12 @@ def test_it_is_on_from_the_beginning_or_not_at_all(source, tmp_path, capsys):
     pretrain("simclr", *flags(source, tmp_path / "run", *short))
     with_it = flags(source, tmp_path / "run", "--online-linear", *short)
     assert "made with online_linear False (now True)" in refused(capsys, "simclr", *with_it)
-    path = tmp_path / "run" / "config.json"  # of before the setting existed
+    path = tmp_path / "run" / "config.json"
     record = json.loads(path.read_text())
-    del record["config"]["online_linear"]
+    del record["config"]["online_linear"]  # of before the setting existed
+    path.write_text(json.dumps(record))
+    assert "made with online_linear False (now True)" in refused(capsys, "simclr", *with_it)
+    record["config"]["online_linear"] = True  # whatever the record says
     path.write_text(json.dumps(record))
     line = refused(capsys, "simclr", *with_it)
     assert "online_linear False (now True)" in line and "another folder" in line
