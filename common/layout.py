@@ -12,6 +12,7 @@ the names of tables, and of folders above the class folders, never of images:
 Only names are looked at here; paths are relative to the source.
 """
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -226,6 +227,10 @@ def folders_of_splits(found: Found, split: str, source: str) -> tuple[str, list[
         UserError: it is not clear whether a folder is a split or a class.
     """
     if split == "all":
+        with contextlib.suppress(UserError):
+            level, names, _ = folders_of_splits(found, "", source)
+            if names:
+                return level, names, []
         return "", [], ["--split all: no folder is taken as a split"]
     level = ""
     while len(kids := found.kids.get(level, [])) == 1 and level not in found.images:

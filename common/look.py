@@ -22,7 +22,7 @@ from common.config import SourceConfig
 from common.errors import UserError, printable
 from common.files import atomic_write, atomic_write_bytes, naming, to_json
 from common.layout import counted
-from common.plan import MAX_BAD, Labels, Part, Plan, plan_of, told
+from common.plan import MAX_BAD, Labels, Part, Plan, plan_of, told, undecodable
 
 SHOWN = 12  # classes in a line
 TILE, CAPTION, ACROSS = 112, 14, 8  # pixels, pixels, tiles
@@ -50,9 +50,11 @@ def main(settings: Settings) -> None:
     images = "?" if part.count is None else counted(part.count, "image")
     print(f"a run trains on: {printable(part.name) or 'everything'}, {images}; it says:")
     print("\n".join(plan.lines(part)))
+    tiles, bad = sample_of(plan)
     if settings.out:
-        write(plan, part, Path(settings.out))
-    check_sample(plan)
+        write(plan, part, tiles, Path(settings.out))
+    if len(bad) > max(1, MAX_BAD * len(tiles)) or (tiles and len(bad) == len(tiles)):
+        raise UserError(f"{len(bad)} of {len(tiles)} images tried cannot be decoded, e.g. {bad[0]}")
 
 
 def kind_of(plan: Plan) -> str:
@@ -101,48 +103,51 @@ def kinds_of(plan: Plan) -> dict[str, str]:
     return kinds
 
 
-def check_sample(plan: Plan) -> None:
-    """Refuse a source of which a run would find too many images undecodable.
-
-    Raises:
-        UserError: there are too many in the sample.
-    """
-    bad, tried = plan.undecodable, len(plan.looks) + len(plan.undecodable)
-    if bad and (not plan.looks or len(bad) > max(1, MAX_BAD * tried)):
-        raise UserError(f"{len(bad)} of {tried} images tried cannot be decoded, e.g. {bad[0]}")
+Tile = tuple[str, Image.Image | None]  # a name, and the image as it is read if that can be
 
 
-def write(plan: Plan, part: Part, folder: Path) -> None:
+def sample_of(plan: Plan) -> tuple[list[Tile], list[str]]:
+    """The images of the sample as they are read, and which of them cannot be decoded, and why."""
+    if plan.kind == "demo":
+        return [(f"image {i}", image) for i, image in enumerate(demo_sample())], []
+    tiles: list[Tile] = []
+    bad = []
+    for i, image in enumerate(plan.sample()):
+        try:
+            tile = formats.read(image, plan.reading, max_side=2 * TILE)
+        except Exception as error:
+            bad.append(undecodable(image, i, error))
+            tile = None
+        tiles.append((caption(image, i), tile))
+    return tiles, bad
+
+
+def write(plan: Plan, part: Part, tiles: Sequence[Tile], folder: Path) -> None:
     """Write plan.json and sheet.png."""
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
     content = to_json(plan.record(part), indent=1).encode() + b"\n"
     atomic_write_bytes(folder / "plan.json", content)
     with atomic_write(folder / "sheet.png") as aside:
-        sheet(plan).save(aside, "PNG")
+        sheet(tiles).save(aside, "PNG")
     print(f"written: {printable(str(folder))}/plan.json, sheet.png (the sample as it is read)")
 
 
-def sheet(plan: Plan) -> Image.Image:
-    """The images of the sample as they are read, each with its name; a cross for a bad one."""
-    sample = list(demo_sample() if plan.kind == "demo" else plan.sample())
-    rows = max(1, -(-len(sample) // ACROSS))
+def sheet(tiles: Sequence[Tile]) -> Image.Image:
+    """One picture of all images with their names; a cross for a bad one."""
+    rows = max(1, -(-len(tiles) // ACROSS))
     page = Image.new("RGB", (ACROSS * (TILE + 4), rows * (TILE + CAPTION + 4)), "white")
     draw = ImageDraw.Draw(page)
-    for i, image in enumerate(sample):
+    for i, (name, tile) in enumerate(tiles):
         x, y = i % ACROSS * (TILE + 4) + 2, i // ACROSS * (TILE + CAPTION + 4) + 2
-        try:
-            tile = (
-                formats.read(image, plan.reading) if not isinstance(image, Image.Image) else image
-            )
-        except Exception:
+        if tile is None:
             draw.line((x, y, x + TILE, y + TILE), "red", 2)
             draw.line((x, y + TILE, x + TILE, y), "red", 2)
         else:
             scale = TILE / max(tile.size)
             side = [max(1, round(scale * length)) for length in tile.size]
             page.paste(tile.resize((side[0], side[1])), (x, y))
-        draw.text((x, y + TILE), caption(image, i), "black")
+        draw.text((x, y + TILE), name, "black")
     return page
 
 

@@ -175,7 +175,8 @@ class Plan:
             UserError: the column or the depth that was asked for is not there.
         """
         if part.name not in self._labels:
-            read = self._labels_of_folder if self.kind == "folder" else self._labels_of_table
+            of_folder = self._labels_of_all if part.name == "all" else self._labels_of_folder
+            read = of_folder if self.kind == "folder" else self._labels_of_table
             self._labels[part.name] = read(part)
         return self._labels[part.name]
 
@@ -187,6 +188,21 @@ class Plan:
         values, names = part.table.labels(column)
         labels = Labels(values, f"column {column!r}", names=names)
         return without_unknown(labels, f"in {column!r}")
+
+    def _labels_of_all(self, part: Part) -> Labels:
+        """Those of each split, in the order of all images."""
+        each = [self.labels(part) for part in self.parts]
+        for labels, one in zip(each, self.parts, strict=True):
+            if labels.values is None:
+                return Labels(None, why=f"{one.name}: {labels.why}")
+        pairs = zip(self.parts, each, strict=True)
+        of = {
+            p: v
+            for one, labels in pairs
+            for p, v in zip(one.paths, labels.values or (), strict=True)
+        }
+        notes = [note for labels in each for note in labels.notes]
+        return Labels([of[path] for path in part.paths], each[0].origin, notes=notes)
 
     def _labels_of_folder(self, part: Part) -> Labels:
         described = any(path in self.metadata for path in part.paths)
@@ -212,7 +228,7 @@ class Plan:
             names = listed([os.path.basename(path) for path in short], 3)
             beside = f"{counted(len(short), 'image')} beside the class folders {classes}: {names}"
             return Labels(None, why=f"{beside}; for labels, move what is no class away")
-        named = {each: printable("/".join(names[: depth or 1])) for each, names in levels.items()}
+        named = {each: "/".join(names[: depth or 1]) for each, names in levels.items()}
         values, taken = [named[folder] for folder in above], len(set(named.values()))
         notes = []
         if depth is None and len(levels) > taken:
@@ -274,7 +290,7 @@ class Plan:
         """Encoded images, evenly spaced over the splits; none where they are not on this disk."""
         if self.kind == "folder":
             paths = sorted(path for part in self.parts for path in part.paths)
-            yield from paths[:: max(1, -(-len(paths) // SAMPLE))]
+            yield from (paths[i] for i in evenly(len(paths), SAMPLE))
         for part in self.parts if self.kind != "folder" else ():
             if part.table is not None and part.table.local:
                 column = tables.image_column(part.table, self.source, self.how.image_column)
@@ -345,6 +361,12 @@ class Plan:
     @staticmethod
     def kind_of(look: Look) -> str:
         return f"{look.format} {look.mode} {look.kind}"
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` places of `count`, evenly spaced, the first among them."""
+    most = min(count, most)
+    return [i * count // most for i in range(most)]
 
 
 def numbers_of(parts: Sequence[Part]) -> str:

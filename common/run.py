@@ -293,7 +293,7 @@ class Run:
         if self.main:
             self.trackers.close()
         self.accelerator.wait_for_everyone()
-        following = "knn" if self.images.labels is not None else "neighbours"
+        following = "knn" if len(self.images.classes) > 1 else "neighbours"
         self.print(f"done: {self.folder}; next: python -m eval.{following} {self.folder}")
         self.accelerator.end_training()
 

@@ -101,7 +101,7 @@ class Table:
         """Up to `count` cells of a column: evenly spaced, or of parquet the first of each part."""
         if self._dataset is not None:
             table = self._dataset.select_columns(name).with_format("arrow")
-            for i in range(0, len(table), max(1, -(-len(table) // count))):
+            for i in (k * len(table) // count for k in range(min(count, len(table)))):
                 yield table[i][name][0].as_py()
             return
         import pyarrow.parquet as pq

@@ -80,7 +80,13 @@ def column_title(result: Result) -> str:
     """The protocol in words, with what was changed in it and how else it departs from it."""
     seed = result.settings.get("seed", 1)  # the judge's own, which is not the run's
     others = [f"judged with seed {seed}"] if seed != 1 else []
+    others += [words(key, value) for key, value in read_otherwise(result).items()]
     return ", ".join([protocol_title(result), *changed_words(result), *result.deviations, *others])
+
+
+def read_otherwise(result: Result) -> dict[str, Any]:
+    """How the images are read, and which judge, where it is not as in the run."""
+    return {key: value for key, value in result.columns.items() if result.run.get(key) != value}
 
 
 def setting_of(result: Result) -> dict[str, Any]:

@@ -63,7 +63,13 @@ def test_what_a_run_would_refuse_has_status_2(tmp_path, looked):
     status, _, error = looked(tmp_path / "bad")
     assert status == 2 and "9 of 9 images tried cannot be decoded" in error
     assert looked(tmp_path / "gone")[0] == 2
-    Image.new("I;16", (4, 4)).save(tmp_path / "16.tif")
+    for i in range(8):
+        Image.new("I;16", (4, 4), i).save(tmp_path / "bad" / f"{i}.tif")
+        Image.effect_noise((4, 4), 9).convert("I;16").save(tmp_path / "bad" / f"{i}.png")
+    (tmp_path / "bad" / "8.png").unlink()
+    status, _, error = looked(tmp_path / "bad", "--value-range", "5000", "6000")
+    assert status == 2 and "8 of 16 images tried" in error and "--value-range" in error
+    assert looked(tmp_path / "bad", "--value-range", "0", "255")[0] == 0
 
 
 def test_a_table_and_the_demo(tmp_path, looked):

@@ -104,6 +104,7 @@ def test_folders_of_splits(tmp_path, train, test, asked):
     assert labels == ["cat"] * 3 + ["dog"] * 3 and all(name.startswith(train) for name in names)
     assert f"not read here: {os.path.basename(test)} 2" in lines
     assert len(plan(tmp_path).choose(asked).paths) == 2
+    assert set(read(tmp_path, "all")[1]) == {"cat", "dog"}
     assert len(read(tmp_path, "all")[0]) == 8
 
 

@@ -210,6 +210,14 @@ def test_a_column_for_each_way_to_judge(tmp_path):
     ]
 
 
+def test_other_splits_and_labels_are_other_columns(tmp_path):
+    run = made(tmp_path / "run", label_depth=1)
+    for read in ({"label_depth": 1}, {"test_split": "val"}, {"label_depth": 2}):
+        judged(run, columns=read)
+    plain = "kNN (k 20)"
+    assert columns(lines(run)) == [plain, f"{plain}, label depth 2", f"{plain}, test split val"]
+
+
 # ---- beside what was published -------------------------------------------------------------------
 
 

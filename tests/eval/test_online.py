@@ -270,4 +270,4 @@ def test_it_is_on_from_the_beginning_or_not_at_all(source, tmp_path, capsys):
     record["config"]["online_linear"] = True  # whatever the record says
     path.write_text(json.dumps(record))
     line = refused(capsys, "simclr", *with_it)
-    assert "online_linear False (now True)" in line and "another folder" in line
+    assert "has no online_linear, online_linear_optimizer" in line and "another --out" in line
