@@ -68,7 +68,12 @@ def parse(
     except ValueError as error:
         raise UserError(str(error)) from error
     check_environment(run_cfg, cfg.arch)  # type: ignore[attr-defined]
-    check_source(cfg.data)  # type: ignore[attr-defined]
+    try:
+        check_source(cfg.data)  # type: ignore[attr-defined]
+    except UserError as error:
+        if (Path(run_cfg.out) / "config.json").exists():
+            raise UserError(f"{error}; if it was moved, --data NEW goes on with the run") from error
+        raise
     if Path(run_cfg.out).is_file():
         raise UserError(f"--out {run_cfg.out}: a file; give a folder")
     config.refuse_other(Path(run_cfg.out), method, cfg, run_cfg, may_be_same)

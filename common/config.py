@@ -36,18 +36,19 @@ class SourceConfig:
     """
 
     split: str = fixed("", means="train")
-    """split to train on: train, a name of the source's own, or all for everything; default: train,
-    if it is clear what that is"""
+    """training split: train, a name of the source's own, or all for everything; not set: train if
+    it is clear what that is; of an evaluation the run's"""
     image_column: str | None = fixed(None)  # column of the images, where a table has several
     label_column: str | None = fixed(None)  # column of the labels, which are never needed to train
     label_depth: int | None = fixed(None)
-    """folders that make up a label, from the top; 0: no labels; default: the first"""
+    """folders that make up a label, from the top; 0: no labels; not set: the first; of an
+    evaluation as in the run"""
     alpha: Literal["white", "drop"] | None = fixed(None)
-    """fourth channel: white lays the image over white, drop ignores the channel; default: white, if
+    """fourth channel: white lays the image over white, drop ignores the channel; not set: white, if
     it is clear that the channel is one of opacity"""
     value_range: tuple[float, float] | None = fixed(None)
-    """stored values that become black and white, of images of more than 8 bits; default: found
-    out from a sample"""
+    """stored values that become black and white, of images of more than 8 bits, e.g. -160 240;
+    those beyond are cut off; not set: found out; of an evaluation as in the run"""
 
     def check(self) -> None:
         """Check the ranges.
@@ -105,9 +106,14 @@ SOURCE_FLAGS = tuple(f.name for f in dataclasses.fields(SourceConfig))
 def source_config(settings: Mapping[str, Any]) -> SourceConfig:
     """How the images of a run's settings, or of a record's, are read."""
     known = {name: settings[name] for name in SOURCE_FLAGS if settings.get(name) is not None}
-    if "value_range" in known:
-        known["value_range"] = tuple(known["value_range"])
-    return SourceConfig(**known)
+    try:
+        if "value_range" in known:
+            known["value_range"] = tuple(map(float, known["value_range"]))
+        config = SourceConfig(**known)
+        config.check()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a record of how images are read is damaged ({error})") from error
+    return config
 
 
 def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:

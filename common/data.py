@@ -344,6 +344,8 @@ def open_split(plan: Plan, split: str, classes: tuple[str, ...] | None = None) -
             f"demo {part.name}", pixels, labels, demo.CLASSES, store=pixels, plan=plan, part=part
         )
     encoded: Any = part.paths
+    if part.table is None or part.table.local:
+        plan.reading  # noqa: B018  before the table is copied, if it cannot be read
     if part.table is not None:
         encoded = cells_of(plan, part.table)
     if len(encoded) == 0:
@@ -435,7 +437,8 @@ def encode_labels(
     """
     several = any(isinstance(value, list) for value in values)
     flat = [v for value in values for v in (value or ())] if several else values
-    present = sorted({value for value in flat if value is not None})
+    distinct = {value for value in flat if value is not None}
+    present = sorted(distinct, key=lambda value: (isinstance(value, str), value))
     names = [printable(str(value)) for value in present]
     if len(set(names)) < len(names):
         name, _ = Counter(names).most_common(1)[0]

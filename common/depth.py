@@ -64,7 +64,8 @@ def settle_range(looks: Sequence[Look], reading: Reading, where: str) -> tuple[R
         low, high = reading.value_range
         deep = [look for look in looks if look.kind.deep]
         if not reading.clip or all(low <= look.low <= look.high <= high for look in deep):
-            return reading, []
+            line = f"{', '.join(seen)} looked at: read as {number(low)} to {number(high)}"
+            return reading, [line] if deep else []
         given = f"--value-range {plain(low)} {plain(high)}"
         return reading, [f"{', '.join(seen)} looked at: those beyond {given} are cut off"]
     decided = {kind: range_of(kind, group, where) for kind, group in groups.items()}

@@ -44,7 +44,8 @@ def shown(text: str) -> str:
 def printable(text: str) -> str:
     """`shown`, without what would break the line or command the terminal: names may hold both."""
     text = re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", shown(text))  # of a name's `repr`
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    kept = "\u200c\u200d\xa0"  # joiners of Persian, Hindi and emoji; a space that does not break
+    return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def encodable(error: UnicodeError) -> tuple[str, int]:

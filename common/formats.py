@@ -201,7 +201,10 @@ def source_of(image: Any) -> Any:
     if isinstance(image, dict):
         if isinstance(image.get("bytes"), str):
             raise OSError("a text where an image's bytes should be")
-        image = image.get("bytes") or image.get("path")
+        path = image.get("path")
+        if path and not image.get("bytes") and not os.path.isabs(path):
+            raise OSError("a relative path in a table, and no bytes")
+        image = image.get("bytes") or path
     if image is None or image == "":
         raise OSError("an empty cell")
     if isinstance(image, str | Path) and not os.path.isfile(image):

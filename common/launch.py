@@ -54,7 +54,17 @@ def launch(precision: str, one_thread: bool = False) -> Accelerator:
     given = {name: os.environ.pop(name, own) for name, (own, _) in OVERRIDDEN.items()}
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     mixed = precision if precision in ("bf16", "fp16") else "no"
-    accelerator = Accelerator(cpu=not accelerated, mixed_precision=mixed)
+    try:
+        accelerator = Accelerator(cpu=not accelerated, mixed_precision=mixed)
+    except ValueError as error:
+        if "MASTER_" not in str(error):
+            raise
+        names = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ]
+        left = ", ".join(f"{name}={printable(os.environ[name])}" for name in names)
+        raise UserError(
+            f"{left}: in the environment without a launcher's MASTER_ADDR and MASTER_PORT; unset "
+            "them, or start with accelerate launch or torchrun"
+        ) from error
     if accelerator.num_processes != world_size():  # by which settings have been checked
         raise UserError(
             f"{accelerator.num_processes} processes are linked where WORLD_SIZE says "

@@ -33,20 +33,26 @@ OTHER = {"extra", "unlabeled", "unlabelled", "unsupervised", "holdout", "heldout
 CANONICAL = {word: split for split, words in SPLITS.items() for word in words}
 CANONICAL |= {word: word for word in OTHER}
 AFFIXES = {"set", "images", "split"}
-MASKS = {"masks", "labels", "annotations", "SegmentationClass"}  # beside PICTURES, not images
-PICTURES = {"images", "JPEGImages"}
-SYSTEM = {"@eaDir", "__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN"}
-METADATA = {"metadata.csv", "metadata.jsonl"}
+MASKS = {"masks", "labels", "annotations", "SegmentationClass", "SegmentationObject"}
+PICTURES = {"images", "JPEGImages"}  # beside which MASKS are no images
+SYSTEM = {"@eaDir", "@Recycle", "#recycle", "#snapshot", "__MACOSX", "Thumbs.db", "desktop.ini"}
+SYSTEM |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
+METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 
 
 # ---- words ---------------------------------------------------------------------------------------
 
 
+CUTS = re.compile(r"[-_.= ]+|(?<=\D)(?=\d)|(?<=[a-z])(?=[A-Z])")
+TABLE = re.compile(r"\.(parquet|arrow)$", re.IGNORECASE)  # a folder may be named so as well
+ONE_WORD = re.compile(rf"({'|'.join(CANONICAL)})({'|'.join(AFFIXES)})")  # trainset
+
+
 def words_of(name: str) -> list[str]:
-    """A name in lower case, cut at `-`, `_`, `.`, `=`, spaces, before digits; `trainset` in two."""
+    """A name in lower case, cut at `-`, `_`, `.`, `=`, spaces, before digits and capitals."""
     found: list[str] = []
-    for word in re.split(r"[-_.= ]+|(?<=\D)(?=\d)", name.lower()):
-        match = re.fullmatch(rf"({'|'.join(CANONICAL)})({'|'.join(AFFIXES)})", word)
+    for word in map(str.lower, CUTS.split(TABLE.sub("", name))):
+        match = ONE_WORD.fullmatch(word)
         found += match.groups() if match else [word] if word else []
     return found
 
@@ -96,6 +102,7 @@ class Found:
     saved: list[str] = field(default_factory=list)  # folders written by `save_to_disk`
     passed_over: Counter[str] = field(default_factory=Counter)  # by kind
     unreadable: list[str] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)  # links to folders that are read anyway
 
     @cached_property
     def kids(self) -> dict[str, list[str]]:
@@ -133,12 +140,15 @@ def walk(root: str) -> Found:
     Raises:
         OSError: `root` itself cannot be read.
     """
-    found = Found()
+    found, seen = Found(), set[str]()
 
     def enter(folder: str, relative: str, above: frozenset[str], out: str) -> None:
         here = os.path.realpath(folder)
         if here in above:  # a link to a folder that holds it
             return
+        if here in seen and not out:
+            found.twice.append(relative)
+        seen.add(here)
         try:
             with os.scandir(folder) as entries:
                 listing = list(entries)
@@ -158,10 +168,12 @@ def walk(root: str) -> Found:
                 found.passed_over[f"{kind} files"] += 1
             elif os.path.splitext(name)[1].lower() in SUFFIXES:
                 names.append(name)
-            elif is_table(name):
-                found.tables.append(os.path.join(relative, name))
             elif name in METADATA:
                 found.metadata.append(os.path.join(relative, name))
+            elif is_table(name) and entry.is_file():
+                found.tables.append(os.path.join(relative, name))
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                found.passed_over["dead links"] += 1
             else:
                 if name == "state.json":
                     found.saved.append(relative)
@@ -203,6 +215,7 @@ def configuration_of(path: str) -> str:
     train-00000-of-00002-6b9da5db, 2024/part-7 or year=2024/a, which are parts of one table.
     """
     *above, name = path.split(os.sep)
+    above = [TABLE.sub("", each) for each in above]
     kept = [each for each in above if not (is_whole(each) or each.isdigit() or "=" in each)]
     stem = "" if name == "state.json" else os.path.splitext(name)[0]
     if splits_in(stem):
@@ -241,10 +254,14 @@ def folders_of_splits(found: Found, split: str, source: str) -> tuple[str, list[
     wholes = [kid for kid in kids if is_whole(kid)]
     worded = [kid for kid in kids if splits_in(kid)]
     rests = Counter(rest_of(kid) for kid in worded)
-    if kids and all(len(splits_in(kid)) == 1 for kid in kids) and (wholes or len(rests) == 1):
+    each_one = bool(kids) and all(len(splits_in(kid)) == 1 for kid in kids)
+    if each_one and (wholes or len(rests) == 1 or same_place(kids)):
         return level, kids, []
-    # seg_train/ and seg_test/ beside seg_pred/ may be splits; steam_train/ and test_tube/ are none
+    # seg_train/ and seg_test/ beside seg_pred/ may be splits; steam_train/ beside bottle/ is none
     unclear = [kid for kid in worded if kid in wholes or rests[rest_of(kid)] > 1]
+    if len(worded) == len(kids) > 1:  # steam_train/ and test_tube/ alone may be either
+        unclear = worded
+    unclear.sort(key=lambda kid: splits_in(kid) != {"train"})  # the first one is advised
     wanted = {CANONICAL.get(split.lower())}
     if split and any(kid == split or splits_in(kid) == wanted for kid in unclear):
         return level, kids, []
@@ -273,6 +290,16 @@ def folders_of_splits(found: Found, split: str, source: str) -> tuple[str, list[
     return "", [], notes if worded else []
 
 
+def same_place(names: Sequence[str]) -> bool:
+    """Whether the split word is at the same place in all, from the start or from the end."""
+    places = []
+    for name in names:
+        words = words_of(name)
+        first = next(i for i, word in enumerate(words) if word in CANONICAL)
+        places.append((first, len(words) - first))
+    return any(len(set(each)) == 1 for each in zip(*places, strict=True))
+
+
 def holds_splits(found: Found, folder: str) -> bool:
     """Whether all that lies right below a folder are folders that name nothing but a split."""
     kids = found.kids.get(folder, [])
@@ -294,7 +321,7 @@ def drop_masks(found: Found) -> None:
         for mask in MASKS.intersection(kids):
             folder, pictures = os.path.join(above, mask), PICTURES.intersection(kids)
             mine = stems(folder)
-            if mine and any(mine <= stems(os.path.join(above, each)) for each in pictures):
+            if any(2 * len(mine & stems(os.path.join(above, p))) > len(mine) for p in pictures):
                 for each in list(found.below(folder)):
                     found.pass_over(f"masks in {mask}/", len(found.images.pop(each)))
     del found.kids  # they are counted anew

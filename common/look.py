@@ -7,6 +7,7 @@ Prints the splits with their numbers of images and classes, what is passed over,
 guessed, and the kinds of a sample of 64 images. The status is 2 where a run would refuse.
 """
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ def main(settings: Settings) -> None:
     images = "?" if part.count is None else counted(part.count, "image")
     print(f"a run trains on: {printable(part.name) or 'everything'}, {images}; it says:")
     print("\n".join(plan.lines(part)))
-    tiles, bad = sample_of(plan)
+    tiles, bad = sample_of(plan, part)
     if settings.out:
         write(plan, part, tiles, Path(settings.out))
     if len(bad) > max(1, MAX_BAD * len(tiles)) or (tiles and len(bad) == len(tiles)):
@@ -66,7 +67,8 @@ def kind_of(plan: Plan) -> str:
 def line_of(plan: Plan, part: Part) -> str:
     """A split: its images, and its classes with their counts."""
     count = "?" if part.count is None else f"{part.count:,}"
-    return f"  {printable(part.name) or 'all':<12} {count:>9} images  {classes_of(plan, part)}"
+    line = f"  {printable(part.name) or 'all':<12} {count:>9} images  {classes_of(plan, part)}"
+    return line.rstrip()
 
 
 def classes_of(plan: Plan, part: Part) -> str:
@@ -106,19 +108,23 @@ def kinds_of(plan: Plan) -> dict[str, str]:
 Tile = tuple[str, Image.Image | None]  # a name, and the image as it is read if that can be
 
 
-def sample_of(plan: Plan) -> tuple[list[Tile], list[str]]:
-    """The images of the sample as they are read, and which of them cannot be decoded, and why."""
+def sample_of(plan: Plan, part: Part) -> tuple[list[Tile], list[str]]:
+    """Images of a split as they are read, and which of them cannot be decoded, and why."""
     if plan.kind == "demo":
         return [(f"image {i}", image) for i, image in enumerate(demo_sample())], []
     tiles: list[Tile] = []
     bad = []
-    for i, image in enumerate(plan.sample()):
+    labels = labels_of(plan, part)
+    known = labels.values if plan.kind == "folder" and labels else None
+    names = dict(zip(part.paths, known or (), strict=False))
+    for i, image in enumerate(plan.sample(part)):
         try:
             tile = formats.read(image, plan.reading, max_side=2 * TILE)
         except Exception as error:
             bad.append(undecodable(image, i, error))
             tile = None
-        tiles.append((caption(image, i), tile))
+        name = names.get(image) if isinstance(image, str) else None
+        tiles.append((caption(image if name is None else str(name), i), tile))
     return tiles, bad
 
 
@@ -152,12 +158,11 @@ def sheet(tiles: Sequence[Tile]) -> Image.Image:
 
 
 def caption(image: Any, i: int) -> str:
-    """The end of an image's path, as far as there is room."""
+    """A class, or else the name of an image's file, or its place; cut where there is no room."""
     path = image.get("path") if isinstance(image, dict) else image
-    name = f"image {i}"
-    if isinstance(path, str) and path:
-        name = f"{Path(path).parent.name[:9]}/{Path(path).stem[-8:]}"
-    return printable(name).encode("ascii", "replace").decode()
+    name = printable(Path(path).name if os.path.isabs(path) else path) if path else f"image {i}"
+    name = name.encode("ascii", "replace").decode()
+    return name if len(name) <= 18 else f"..{name[-16:]}"
 
 
 def demo_sample() -> Sequence[Image.Image]:

@@ -44,6 +44,8 @@ from common.tables import Table
 DEMO = {"train": 5_120, "test": 2_000}
 MAX_BAD = 0.05  # share of undecodable images beyond which a source is refused
 MOST_NAME = 300  # characters of an image's name in a message
+ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".bz2", ".zst"}
+PLAIN = "RGB 8-bit"  # what needs no word
 SAMPLE = 64  # images that are looked at for the rule by which pixels are read
 
 
@@ -107,9 +109,11 @@ class Plan:
     how: SourceConfig
     parts: list[Part]
     root: str = ""
+    clip: bool = True  # whether values beyond `how.value_range` are cut off, or undecodable
     passed_over: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     metadata: dict[str, dict[str, Any]] = field(default_factory=dict)  # rows by the image's path
+    described: bool = False  # whether there is a file of metadata
     looks: list[Look] = field(default_factory=list)  # at the images of the sample
     undecodable: list[str] = field(default_factory=list)  # of them
     _labels: dict[str, Labels] = field(default_factory=dict, repr=False)
@@ -133,9 +137,11 @@ class Plan:
             return self._joined()
         others = [part.name for part in named if part.split in OTHER]
         if not split and others:
+            train = [part.name for part in named if part.split == "train"]
+            flags = ", ".join(f"--split {name}" for name in train + others)
             raise UserError(
                 f"{self.source}: has {shown}, of which {listed(others)} may be to train on or not; "
-                f"say --split train, --split {others[0]}, or --split all for everything"
+                f"say {flags}, or --split all for everything"
             )
         wanted = split or "train"
         found = [part for part in named if part.name.lower() == wanted.lower()]
@@ -174,6 +180,8 @@ class Plan:
         Raises:
             UserError: the column or the depth that was asked for is not there.
         """
+        if self.kind == "demo":
+            return Labels(None, "drawn")
         if part.name not in self._labels:
             of_folder = self._labels_of_all if part.name == "all" else self._labels_of_folder
             read = of_folder if self.kind == "folder" else self._labels_of_table
@@ -187,6 +195,9 @@ class Plan:
             return Labels(None, why="no usual column of labels; --label-column NAME takes one")
         values, names = part.table.labels(column)
         labels = Labels(values, f"column {column!r}", names=names)
+        others = tables.other_labels(part.table, column)
+        if others and self.how.label_column is None:
+            labels.notes.append(f"other columns of labels: {', '.join(others)}; --label-column")
         return without_unknown(labels, f"in {column!r}")
 
     def _labels_of_all(self, part: Part) -> Labels:
@@ -205,8 +216,8 @@ class Plan:
         return Labels([of[path] for path in part.paths], each[0].origin, notes=notes)
 
     def _labels_of_folder(self, part: Part) -> Labels:
-        described = any(path in self.metadata for path in part.paths)
-        if described and self.how.label_depth is None:
+        has_rows = any(path in self.metadata for path in part.paths)
+        if has_rows and self.how.label_depth is None:
             return self._labels_of_metadata(part)
         depth = self.how.label_depth
         if depth == 0:
@@ -222,22 +233,20 @@ class Plan:
                 f"folders above, e.g. {short[0][start:]}"
             )
         if len(short) == len(above):
-            return Labels(None, why="no class folders, no metadata.csv")
+            described = " that describes them" if self.described else ""
+            return Labels(None, why=f"no class folders, no metadata.csv{described}")
         if short:
             classes = layout.folders(sorted({names[0] for names in levels.values() if names}))
             names = listed([os.path.basename(path) for path in short], 3)
             beside = f"{counted(len(short), 'image')} beside the class folders {classes}: {names}"
             return Labels(None, why=f"{beside}; for labels, move what is no class away")
-        named = {each: "/".join(names[: depth or 1]) for each, names in levels.items()}
+        first = wrappers(list(levels.values())) if depth is None else 0
+        last = first + 1 if depth is None else depth
+        named = {each: "/".join(names[first:last]) for each, names in levels.items()}
         values, taken = [named[folder] for folder in above], len(set(named.values()))
         notes = []
         if depth is None and len(levels) > taken:
-            deepest = max(map(len, levels.values()))
-            notes.append(
-                f"{counted(len(levels), 'folder')} of images lie below the {taken} that are taken "
-                f"as classes; --label-depth 2{f' to {deepest}' if deepest > 2 else ''} takes those "
-                "of a deeper level"
-            )
+            notes.append(deeper(list(levels.values()), taken))
         origin = "class folders" if depth is None else f"folders to depth {depth}"
         return Labels(values, origin, notes=notes)
 
@@ -248,7 +257,8 @@ class Plan:
         column = self.how.label_column
         if column is not None and column not in columns:
             raise UserError(
-                f"{self.source}: no column {column!r} in its metadata; it has {', '.join(columns)}"
+                f"{self.source}: no column {column!r} in the metadata"
+                f"{f' of {part.name}' if part.name else ''}; it has {', '.join(columns)}"
             )
         if column is None:
             column = columns[0] if len(columns) == 1 else "label"
@@ -256,6 +266,8 @@ class Plan:
             several = f"its metadata has {', '.join(columns) or 'no column but file_name'}"
             return Labels(None, why=f"{several}; --label-column NAME chooses")
         values = [None if row is None else row.get(column) for row in rows]
+        if not all(is_label(value) for value in values):
+            return Labels(None, why=f"{column!r} of the metadata holds no labels")
         without = sum(row is None for row in rows)
         notes = [f"{counted(without, 'image')} without a row in the metadata"] if without else []
         start = len(part.base.rstrip(os.sep)) + 1
@@ -276,7 +288,7 @@ class Plan:
         Raises:
             UserError: it is not decided.
         """
-        given = Reading(self.how.alpha or "", self.how.value_range)
+        given = Reading(self.how.alpha or "", self.how.value_range, self.clip)
         for i, image in enumerate(self.sample()):
             try:
                 self.looks.append(look_at(image))
@@ -286,15 +298,16 @@ class Plan:
         self.notes += lines
         return reading
 
-    def sample(self) -> Iterator[Any]:
+    def sample(self, *parts: Part) -> Iterator[Any]:
         """Encoded images, evenly spaced over the splits; none where they are not on this disk."""
+        parts = parts or tuple(self.parts)
         if self.kind == "folder":
-            paths = sorted(path for part in self.parts for path in part.paths)
+            paths = sorted(path for part in parts for path in part.paths)
             yield from (paths[i] for i in evenly(len(paths), SAMPLE))
-        for part in self.parts if self.kind != "folder" else ():
+        for part in parts if self.kind != "folder" else ():
             if part.table is not None and part.table.local:
                 column = tables.image_column(part.table, self.source, self.how.image_column)
-                yield from part.table.sample(column, -(-SAMPLE // len(self.parts)))
+                yield from part.table.sample(column, -(-SAMPLE // len(parts)))
 
     # ---- in words ----
 
@@ -315,10 +328,11 @@ class Plan:
                     lines.append(f"no labels{where}: {labels.why}")
                 elif part is parts[0]:
                     several = any(value != labels.values[0] for value in labels.values)
-                    one = f": of one class only, {labels.values[0]}" if not several else ""
-                    lines.append(f"labels by {labels.origin}{one}")
+                    one = f"no labels to tell apart: all {labels.values[0]}, by {labels.origin}"
+                    lines.append(f"labels by {labels.origin}" if several else one)
         lines += self.notes
-        if sample := self.sampled():
+        sample = self.sampled()
+        if not all(kind.endswith(PLAIN) for kind in sample):  # something is converted
             lines.append(f"a sample of {sum(sample.values())}: {told(sample)}")
         if self.passed_over:
             files = counted(sum(self.passed_over.values()), "other file")
@@ -336,7 +350,7 @@ class Plan:
             "kind": self.kind,
             "split": part.name,
             "images": part.count,
-            "names": self.names_digest(part),
+            "names_sha256": self.names_digest(part),
             "splits": {printable(p.name): p.count for p in self.parts},
             "labels": {"from": labels.origin, "why_not": labels.why, "missing": labels.missing},
             "classes": {printable(name): n for name, n in sorted(counts.items())},
@@ -392,6 +406,35 @@ def undecodable(image: Any, index: int, error: Exception) -> str:
     return printable(f"{name} ({reason})")
 
 
+def wrappers(levels: Sequence[Sequence[str]]) -> int:
+    """How many folders, from the top, hold nothing but one folder and so are no class."""
+    depth = 0
+    while len({names[depth] for names in levels}) == 1 and min(map(len, levels)) > depth + 1:
+        depth += 1
+    return depth
+
+
+def deeper(levels: Sequence[Sequence[str]], taken: int) -> str:
+    """What there is to say of folders below those that are taken as classes."""
+    note = f"{counted(len(levels), 'folder')} of images lie below the {taken} taken as classes"
+    possible = range(2, min(map(len, levels)) + 1)
+    counts = [len({tuple(names[:depth]) for names in levels}) for depth in possible]
+    if not counts:
+        return f"{note}, and some images right in these"
+    shown = [f"{depth}: {count:,}" for depth, count in zip(possible, counts, strict=True)]
+    best = possible[counts.index(max(counts))]
+    example = "/".join(min(map(tuple, levels))[:best])
+    return (
+        f"{note}; --label-depth {best} takes {example}, ... (classes by depth {', '.join(shown)})"
+    )
+
+
+def is_label(value: Any) -> bool:
+    """Whether a value of JSON is a label, or a list of labels."""
+    each = value if isinstance(value, list) else [value]
+    return all(one is None or isinstance(one, str | int | float) for one in each)
+
+
 def without_unknown(labels: Labels, where: str) -> Labels:
     """The same with a note on the labels that are missing; without labels where all are."""
     assert labels.values is not None
@@ -409,18 +452,30 @@ def without_unknown(labels: Labels, where: str) -> Labels:
 # ---- making a plan -------------------------------------------------------------------------------
 
 
-def plan_of(source: str, how: SourceConfig | None = None) -> Plan:
+def plan_of(source: str, how: SourceConfig | None = None, clip: bool = True) -> Plan:
     """Find out what a source holds.
+
+    Args:
+        how: to read it, as far as that is said.
+        clip: whether stored values beyond `how.value_range` are cut off, or undecodable.
 
     Raises:
         UserError: there is no such source, no image in it, or two ways to read it.
     """
-    how = how or SourceConfig()
+    plan = planned(source, how or SourceConfig())
+    plan.clip = clip
+    plan.parts.sort(key=lambda part: part.split != "train")  # first what is trained on
+    return plan
+
+
+def planned(source: str, how: SourceConfig) -> Plan:
     if source == "demo":
         return Plan(source, "demo", how, [Part(name, name, n) for name, n in DEMO.items()])
     try:
         name, configuration = split_source(source)
         path = path_of(os.path.expanduser(name))
+        if os.path.isfile(path) and configuration:
+            raise UserError(f"{source}: a file has no configurations")
         if os.path.isfile(path):
             return of_file(source, path, how)
         if os.path.isdir(path):
@@ -448,9 +503,19 @@ def of_file(source: str, path: str, how: SourceConfig) -> Plan:
     named = splits_in(Path(path).stem) - {"train"}
     notes = [f"one table, so all of it is read, though its name says {listed(sorted(named))}"]
     part = Part("", "", table.rows, [path], table)
-    return Plan(
-        source, "tables", how, [part], path, notes=[*(notes if named else ()), *table.notes]
-    )
+    notes = [*(notes if named else ()), *table.notes, *without_effect(how, True, False)]
+    return Plan(source, "tables", how, [part], path, notes=notes)
+
+
+def without_effect(how: SourceConfig, has_tables: bool, has_metadata: bool) -> list[str]:
+    """Lines on flags that were given and cannot apply to a source on this disk."""
+    unused = [
+        ("--label-column", how.label_column and not (has_tables or has_metadata)),
+        ("--image-column", how.image_column and not has_tables),
+        ("--label-depth", how.label_depth is not None and has_tables),
+    ]
+    why = "these are tables" if has_tables else "there is no table or metadata"
+    return [f"{flag} makes no difference: {why}" for flag, is_unused in unused if is_unused]
 
 
 def of_folder(source: str, root: str, configuration: str, how: SourceConfig) -> Plan:
@@ -459,13 +524,13 @@ def of_folder(source: str, root: str, configuration: str, how: SourceConfig) -> 
     Raises:
         UserError: it holds neither, or both.
     """
-    folder = os.path.join(root, configuration)
-    if configuration and os.path.isdir(folder):
-        root, configuration = folder, ""
-    found = layout.walk(root)
+    folder, found = os.path.join(root, path_of(configuration)), layout.walk(root)
+    named = configuration in map(configuration_of, found.tables)
+    if configuration and os.path.isdir(folder) and not named:
+        root, configuration, found = folder, "", layout.walk(folder)
     if found.tables and found.images:
         count = found.count()
-        where = [os.path.dirname(found.tables[0]), min(found.images)]
+        where = [os.path.dirname(found.tables[0]), os.path.commonpath(found.images)]
         first = [os.path.join(source, folder) for folder in where]
         raise UserError(
             f"{source}: holds {counted(len(found.tables), 'table')} (e.g. {found.tables[0]}) and "
@@ -479,18 +544,11 @@ def of_folder(source: str, root: str, configuration: str, how: SourceConfig) -> 
         if configuration:
             raise UserError(f"{source}: no folder {configuration!r} in it")
         plan = of_images(source, root, found, how)
-    ignored = [
-        ("--label-column", how.label_column and not (found.tables or found.metadata)),
-        ("--image-column", how.image_column and not found.tables),
-        ("--label-depth", how.label_depth is not None and found.tables),
-    ]
-    for flag, is_ignored in ignored:
-        if is_ignored:
-            has = "tables, not class folders" if found.tables else "no table or metadata"
-            plan.notes.append(
-                f"{flag} makes no difference: there are {has}".replace("are no", "is no")
-            )
+    plan.notes += without_effect(how, bool(found.tables), bool(found.metadata))
     plan.passed_over = dict(found.passed_over.most_common())
+    if found.twice:
+        links = counted(len(found.twice), "folder")
+        plan.notes.append(f"{links} read twice, by a link: {listed(found.twice)}")
     if found.unreadable:
         names = listed(found.unreadable)
         plan.notes.append(f"{counted(len(found.unreadable), 'folder')} cannot be read: {names}")
@@ -507,6 +565,8 @@ def opened(paths: Sequence[str], source: str, how: SourceConfig) -> Table:
         UserError: they cannot be read as one, or a column mixes splits.
     """
     table = tables.opened(paths, source)
+    if table.rows == 0:
+        raise UserError(f"{source}: no images in {listed([os.path.basename(p) for p in paths])}")
     if "split" in table.features and how.label_column != "split":
         check_split_column(source, table.labels("split")[0], how)
     return table
@@ -522,8 +582,8 @@ def of_tables(source: str, root: str, wanted: str, found: Found, how: SourceConf
     inside = {os.path.dirname(file) for file in units} & set(found.saved)
     if inside:  # of `save_to_disk`, whose state.json lists them
         units = [os.path.join(folder, "state.json") for folder in sorted(inside)]
-        others = [file for file in found.tables if os.path.dirname(file) not in inside]
-        found.pass_over("other tables", len(others))
+        own = sum(tables.saved_files(os.path.join(root, folder)) for folder in inside)
+        found.pass_over("other tables", len(found.tables) - own)
     splits = {unit: layout.split_of_table(unit) for unit in units}
     named = [unit for unit in units if splits[unit]] or units
     unnamed = [unit for unit in units if unit not in named]
@@ -550,6 +610,8 @@ def of_tables(source: str, root: str, wanted: str, found: Found, how: SourceConf
     parts, notes = [], list[str]()
     for split, files in sorted(mine.items()):
         paths = [os.path.join(root, file) for file in files]
+        if any("=" in folder for file in files for folder in file.split(os.sep)[:-1]):
+            notes.append("folders named column=value give no column of labels")
         if len(files) > 1 and not split:
             notes.append(f"{len(files):,} tables are read as one: {listed(files)}")
         table = opened(paths, source, how)
@@ -571,7 +633,9 @@ def of_images(source: str, root: str, found: Found, how: SourceConfig) -> Plan:
     if not found.images:
         kinds = " ".join(sorted(SUFFIXES))
         others = f"; passed over: {told(found.passed_over)}" if found.passed_over else ""
-        raise UserError(f"{source}: no images in it, at any depth (looked for {kinds}){others}")
+        archives = "; unpack archives first" if ARCHIVES & found.passed_over.keys() else ""
+        looked = f"no images in it, at any depth (looked for {kinds})"
+        raise UserError(f"{source}: {looked}{others}{archives}")
     level, names, notes = layout.folders_of_splits(found, how.split, source)
     parts = []
     for name in names or [""]:
@@ -591,6 +655,7 @@ def of_images(source: str, root: str, found: Found, how: SourceConfig) -> Plan:
         images = f"{counted(outside, 'image')} beside {layout.folders(names)}"
         notes.append(f"{images} left out: {printable(example)}" + (", ..." if outside > 1 else ""))
     plan = Plan(source, "folder", how, parts, root, notes=notes)
+    plan.described = bool(found.metadata)
     read_metadata(plan, found)
     return plan
 
@@ -604,8 +669,8 @@ def read_metadata(plan: Plan, found: Found) -> None:
     known = {path for part in plan.parts for path in part.paths}
     for file in sorted(found.metadata):
         rows = tables.metadata_rows(os.path.join(plan.root, file))
-        if rows is None:
-            found.pass_over("metadata without file_name", 1)
+        if not rows:
+            found.pass_over("metadata without file_name" if rows is None else "empty metadata", 1)
             continue
         check_split_column(f"{plan.source}: {file}", [row.get("split") for row in rows], plan.how)
         folder, lost = os.path.dirname(os.path.join(plan.root, file)), []

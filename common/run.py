@@ -15,6 +15,7 @@ RUN/.lock                  held while a command trains here
 
 import gzip
 import json
+import os
 import platform
 import signal
 import sys
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from common import config
 from common.checkpoints import Checkpoints, check_finite
-from common.cli import absolute
+from common.cli import absolute, split_source
 from common.config import RunConfig
 from common.data import ImageSplit, generator
 from common.errors import UserError, first_line, printable
@@ -154,12 +155,12 @@ class Run:
         if path.exists():
             old = read_json(path)
             launches = old.get("launches", [])
-            if old.get("images") != len(self.images):
-                raise UserError(
-                    f"--out {self.folder}: holds a run on {old.get('images')} images (now "
-                    f"{len(self.images)}); give another folder"
-                )
         files = self._check_files(old)
+        if old and old.get("images") != len(self.images):
+            raise UserError(
+                f"--out {self.folder}: holds a run on {old.get('images')} images (now "
+                f"{len(self.images)}); give another folder"
+            )
         if not self.main:
             return
         with naming(self.folder):
@@ -197,7 +198,7 @@ class Run:
             if old:
                 problem = differences(self.folder / "images.jsonl.gz", files)
                 before, now = str(old["config"].get("data")), self.cfg.data
-                if not problem and absolute(before) != absolute(now):
+                if not problem and place_of(before) != place_of(now):
                     self.print(f"the images of this run, now at {now} (before: {before})")
         [problem] = broadcast_object_list([problem])
         if problem:
@@ -389,6 +390,8 @@ class Run:
             "finished": step >= self.total_steps,
             "commit": commit(),
         }
+        if self.images.reading.value_range:
+            known["value_range"] = list(self.images.reading.value_range)
         text = {key: to_json(value) for key, value in (known | dict(self.metadata)).items()}
         with atomic_write(self.folder / "encoder.safetensors") as aside:
             save_file(tensors, aside, metadata=text)
@@ -408,11 +411,19 @@ def differences(record: Path, files: Sequence[Sequence[Any]]) -> str:
     except (OSError, EOFError, ValueError, TypeError) as error:
         raise UserError(f"{record}: cannot be read ({first_line(error)})") from error
     now = {name: size for name, size in files}
-    other = [name for name in {**before, **now} if before.get(name, 0) != now.get(name, 0)]
-    if not other:
+    lost = [name for name in before if before[name] != now.get(name, 0)]
+    new = [name for name in now if now[name] != before.get(name, 0)]
+    if not lost and not new:
         return ""
-    shown = f"e.g. {printable(other[0])}"
-    return f"other images: {len(other):,} of {len(before):,} files differ in name or size, {shown}"
+    count, of = max(len(lost), len(new)), max(len(before), len(now))
+    shown = f"e.g. {printable((lost + new)[0])}"
+    return f"other images: {count:,} of {of:,} files differ in name or size, {shown}"
+
+
+def place_of(source: str) -> tuple[str, str]:
+    """Where a SOURCE is, links followed, and its configuration."""
+    path, configuration = split_source(absolute(source))
+    return os.path.realpath(path), configuration
 
 
 def layer_name(layer: nn.Module) -> str:

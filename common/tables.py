@@ -13,10 +13,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, shown
 
 USUAL = ("label", "labels", "fine_label", "class", "target")  # names of columns of labels
 WORTH_TELLING = 10  # MB that are copied
@@ -51,13 +52,13 @@ class Table:
             if self.parquet:
                 import pyarrow.parquet as pq
 
-                metadata = [pq.read_metadata(file) for file in files]
+                metadata = [read_each(pq.read_metadata, file, source) for file in files]
                 schemas = [each.schema.to_arrow_schema() for each in metadata]
                 self.rows = sum(each.num_rows for each in metadata)
                 kinds = [datasets.Features.from_arrow_schema(schema) for schema in schemas]
                 self.features = kinds[0]
             else:
-                parts = [arrow(file) for file in files]
+                parts = [read_each(arrow, file, source) for file in files]
                 kinds = [part.features for part in parts]
                 self.rows, self.features = sum(map(len, parts)), kinds[0]
         except UserError:
@@ -83,6 +84,11 @@ class Table:
                 self._dataset = datasets.load_dataset(
                     "parquet", identity(self.files), data_files=self.files, split="train"
                 )
+            except OSError as error:
+                cache = datasets.config.HF_DATASETS_CACHE
+                raise UserError(
+                    f"{self.source}: {first_line(error)}; the cache is {cache} (HF_HOME moves it)"
+                ) from error
             except Exception as error:
                 raise UserError(f"{self.source}: {first_line(error)}") from error
         return self._dataset
@@ -189,10 +195,48 @@ def opened(files: Sequence[str], source: str) -> Table:
 def arrow(file: str) -> Any:
     """An arrow file, or the folder of a state.json, as a data set; nothing is copied."""
     import datasets
+    import pyarrow as pa
 
     if os.path.basename(file) == "state.json":
         return datasets.load_from_disk(os.path.dirname(file))
+    with open(file, "rb") as opened_file:
+        in_parts = opened_file.read(6) == b"ARROW1"  # the file format of IPC, not the stream's
+    if in_parts:
+        return datasets.Dataset(pa.ipc.open_file(pa.memory_map(file)).read_all())
     return datasets.Dataset.from_file(file)
+
+
+def read_each(read: Callable[[str], Any], file: str, source: str) -> Any:
+    """What `read` makes of a file.
+
+    Raises:
+        UserError: it cannot be read; with its name.
+    """
+    if shown(file) != file:
+        raise UserError(
+            f"{source}: {os.path.basename(file)}: a table's path must be UTF-8; rename it"
+        )
+    try:
+        return read(file)
+    except Exception as error:
+        raise UserError(f"{source}: {why_unread(file, error)}") from error
+
+
+def saved_files(folder: str) -> int:
+    """How many tables a folder of `save_to_disk` says that it holds."""
+    try:
+        with open(os.path.join(folder, "state.json")) as file:
+            return len(json.load(file)["_data_files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def why_unread(file: str, error: Exception) -> str:
+    """Why a table cannot be read, with its name."""
+    with contextlib.suppress(OSError), open(file, "rb") as opened_file:
+        if opened_file.read(24).startswith(b"version https://git-lfs"):
+            return f"{os.path.basename(file)} is a pointer of git-lfs; git lfs pull fetches it"
+    return f"{os.path.basename(file)}: {first_line(error)}"
 
 
 def joined(tables: Sequence[Table]) -> Table:
@@ -270,9 +314,9 @@ def label_column(table: Table, source: str, name: str | None = None) -> str | No
     single = [n for n, kind in columns.items() if isinstance(kind, datasets.Value)]
     classed = [n for n, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
     if name is None:
-        plain = [each for each in USUAL if each in single]
+        plain = [each for each in USUAL if each in single + classed]
         lists = [each for each in (*USUAL, "classes") if list_element(columns.get(each))]
-        return next(iter(classed + plain + lists), None)
+        return next(iter(plain + classed + lists), None)
     if name not in single + classed and not list_element(columns[name]):
         raise UserError(f"{source}: {name!r} holds no labels, a value or a list of values")
     return name
@@ -307,6 +351,12 @@ def class_names(kind: Any) -> Any:
     return getattr(list_element(kind) or kind, "names", None)
 
 
+def other_labels(table: Table, name: str) -> list[str]:
+    """The columns that list classes, apart from the one that is taken."""
+    columns = table.features.items()
+    return [each for each, kind in columns if class_names(kind) and each != name]
+
+
 def check_column(table: Table, source: str, name: str | None) -> None:
     if name is not None and name not in table.features:
         raise UserError(f"{source}: no column {name!r}; it has {', '.join(table.features)}")
@@ -328,8 +378,8 @@ def is_image(kind: Any) -> bool:
 
 
 def has_unknown(labels: Sequence[Any] | None) -> bool:
-    """Whether a list of labels is missing, or one in it: None, NaN, or the -1 of a ClassLabel."""
-    return labels is None or any(v is None or v == -1 or v != v for v in labels)
+    """Whether a list of labels is missing, or one in it: None, NaN, -1 or an empty text."""
+    return labels is None or any(v is None or v in (-1, "") or v != v for v in labels)
 
 
 def tidy(values: Sequence[Any]) -> list[Any]:
@@ -354,6 +404,11 @@ def metadata_rows(path: str) -> list[dict[str, Any]] | None:
         UserError: it cannot be read, or a row has more fields than there are columns.
     """
     try:
+        if path.endswith(".parquet"):
+            import pyarrow.parquet as pq
+
+            rows = pq.read_table(path).to_pylist()
+            return rows if not rows or "file_name" in rows[0] else None
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.lower().endswith(".csv"):
                 reader = csv.DictReader(file, restkey="")
@@ -366,6 +421,8 @@ def metadata_rows(path: str) -> list[dict[str, Any]] | None:
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
                 names = [str(name) for row in rows for name in row]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8; save it as UTF-8, or move it away") from error
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
     if "file_name" not in names or not all(isinstance(row, dict) for row in rows):
@@ -393,7 +450,7 @@ def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def is_integer(text: str) -> bool:
-    return text.lstrip("-").isdecimal() and str(int(text)) == text
+    return bool(re.fullmatch(r"-?\d+", text)) and str(int(text)) == text
 
 
 # ---- the Hub -------------------------------------------------------------------------------------

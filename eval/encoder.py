@@ -146,6 +146,8 @@ def check_metadata(metadata: dict[str, Any], preprocess: Preprocess) -> None:
     for key in ("encoder", "method", "recipe", "published", "commit", "head_prefix"):
         if not isinstance(metadata.get(key, ""), str):
             raise ValueError(f"{key} {metadata[key]!r:.80}, not a text")
+    if (stored := metadata.get("value_range")) is not None and not is_range(stored):
+        raise ValueError(f"value_range {stored!r:.80}, not two numbers, the lower first")
     if not isinstance(metadata.get("epochs", 0), int | float):
         raise ValueError(f"epochs {metadata['epochs']!r:.80}, not a number")
     if (
@@ -162,6 +164,16 @@ def check_metadata(metadata: dict[str, Any], preprocess: Preprocess) -> None:
             len(values) == channels and all(lowest < x < math.inf for x in values)
         ):
             raise ValueError(f"mean {preprocess.mean!r:.80} and std {preprocess.std!r:.80}")
+
+
+def is_range(values: Any) -> bool:
+    """Whether these are two finite numbers, the lower first."""
+    return (
+        isinstance(values, list)
+        and [type(value) in (int, float) and math.isfinite(value) for value in values]
+        == [True, True]
+        and values[0] < values[1]
+    )
 
 
 def build_head(kinds: list[str], tensors: dict[str, Tensor]) -> nn.Sequential:

@@ -69,8 +69,11 @@ def main(settings: Settings) -> None:
                 f"{name:<8}  {own:.1f} % of an image's {near.shape[1]} nearest are of its class "
                 f"(at random: {chance:.1f} %)"
             )
-    searched = f"{len(blocks[0][1]):,} of {total:,} images, evenly spaced"
-    print(f"{path}: nearest neighbours among {searched}")
+    searched = f"{len(blocks[0][1]):,} of {total:,} images"
+    spaced = ", evenly spaced" if total > len(images) else ""
+    if images.bad:
+        print(f"{images.name}: {images.report_bad()}", file=sys.stderr)
+    print(f"{path}: nearest neighbours among {searched}{spaced}")
 
 
 def classes_of(images: ImageSplit) -> Tensor | None:
@@ -85,10 +88,12 @@ def shares(labels: Tensor, index: Tensor, near: Tensor) -> tuple[float, float]:
     Args:
         index, near: the places of N images, (N,), and of the neighbours of each, (N, k).
     """
-    own = labels[near] == labels[index][:, None]
-    counts = labels[index].bincount().double()
-    chance = (counts * (counts - 1)).sum() / (len(index) * (len(index) - 1))
-    return own.double().mean().item() * 100, chance.item() * 100
+    both = (labels[near] >= 0) & (labels[index] >= 0)[:, None]  # whose labels are not missing
+    own = (labels[near] == labels[index][:, None]) & both
+    counts = labels[index][labels[index] >= 0].bincount().double()
+    total = counts.sum()
+    chance = (counts * (counts - 1)).sum() / (total * (total - 1))
+    return (own.sum() / both.sum()).item() * 100, chance.item() * 100
 
 
 def draw(images: ImageSplit, blocks: list[tuple[str, Tensor, Tensor]], rows: int) -> Image.Image:

@@ -190,7 +190,17 @@ def check_classes(source: str, name: str, split: ImageSplit, train: ImageSplit) 
     unknown = {split.classes[i] for i in present_in(split.labels)} - trained
     if unknown:
         listed = ", ".join(sorted(unknown))
-        raise UserError(f"{source}: classes in {name} but not in train: {listed}")
+        raise UserError(
+            f"{source}: classes in {name} but not in train: {listed}; --test-split none holds out "
+            "training images in its place"
+        )
+    assert split.plan and split.part and train.plan and train.part
+    origins = [images.plan.labels(images.part).origin for images in (train, split)]  # type: ignore
+    if len(set(origins)) > 1:
+        raise UserError(
+            f"{source}: the labels of train are by {origins[0]}, those of {name} by {origins[1]}; "
+            "--label-column NAME takes one for both"
+        )
 
 
 def present_in(labels: Tensor) -> list[int]:

@@ -37,6 +37,7 @@ class Subject:
         multilabel: whether an image may have several labels.
         test_split: to judge on; see eval/splits.py.
         of_run: whether the images are those of the run, perhaps at another place.
+        clip: whether stored values beyond `how.value_range` are cut off, or undecodable.
     """
 
     encoder: Encoder
@@ -52,6 +53,7 @@ class Subject:
     multilabel: bool = False
     test_split: str = ""
     of_run: bool = False
+    clip: bool = True
     opened: dict[str, Any] = field(default_factory=dict, repr=False)  # splits, by name
 
     def __post_init__(self) -> None:
@@ -72,7 +74,7 @@ class Subject:
     def plan(self) -> Plan:
         """Of the source."""
         if "plan" not in self.opened:
-            self.opened["plan"] = plan_of(self.source, self.how)
+            self.opened["plan"] = plan_of(self.source, self.how, clip=self.clip)
         return self.opened["plan"]
 
     @property
@@ -97,6 +99,18 @@ class Subject:
         parts = [images.part for images in splits if images and images.part]
         for line in self.plan.lines(*parts) if self.accelerator.is_main_process else ():
             print(line, file=sys.stderr)
+
+    def tell_bad(self) -> None:
+        """Name and count the undecodable images of what has been opened, once."""
+        told = self.opened.setdefault("told", {})
+        for name in ("labelled", "splits", "validation"):
+            found = self.opened.get(name)
+            for images in found if isinstance(found, tuple) else (found,):
+                if images is not None and images.bad and self.accelerator.is_main_process:
+                    line = f"{images.name}: {images.report_bad()}"
+                    if told.setdefault(line, True) is True:
+                        print(line, file=sys.stderr)
+                        told[line] = False
 
     def splits(self) -> tuple[ImageSplit, ImageSplit]:
         """The same; without a test split, a fifth of the training images is held out as one."""
@@ -157,12 +171,16 @@ class Subject:
         how = {"times": True, "content": self.check_content}
         given = preprocess or self.encoder.input
         key = digest_of(self.network, given, images, **how) + f"-{self.precision}"
-        return cached(
+        features, index = cached(
             self.cache,
             key if self.cache else "",
             lambda: self.encode(self.network, images, preprocess=preprocess),
             self.accelerator,
         )
+        left_out = len(images) - len(index)
+        if left_out and not images.bad and self.accelerator.is_main_process:
+            print(f"{images.name}: {left_out} undecodable, as before", file=sys.stderr)
+        return features, index
 
     def extract(
         self, images: ImageSplit, preprocess: Preprocess | None = None
@@ -198,7 +216,10 @@ def subjects(
         raise UserError("say on which images to judge: --data SOURCE")
     of_run = folder is not None and is_of_run(source, folder, config)
     told = {name: value for name in SOURCE_FLAGS if (value := getattr(s, name)) not in (None, "")}
-    how = source_config((config if of_run else {}) | told)
+    # a range of values belongs to the encoder, as a mean does, whatever the images
+    own = {"value_range": known} if (known := encoders[0].metadata.get("value_range")) else {}
+    how = source_config(own | (config if of_run else {}) | own | told)
+    clip = "value_range" in told or bool(config.get("value_range"))
     accelerator = launch("fp32")  # bfloat16 is asked for where a network is called
     opened: dict[str, Any] = {}  # all share the decoded images
     for encoder in encoders:
@@ -216,6 +237,7 @@ def subjects(
             multilabel=multilabel,
             test_split=getattr(s, "test_split", ""),
             of_run=of_run,
+            clip=clip,
             opened=opened,
         )
 
@@ -238,7 +260,7 @@ def is_of_run(source: str, run: Path, config: dict[str, Any]) -> bool:
         return False
     try:
         plan = plan_of(source, source_config(config))
-        return plan.names_digest(plan.choose(plan.how.split)) == known.get("names")
+        return plan.names_digest(plan.choose(plan.how.split)) == known.get("names_sha256")
     except UserError:  # it cannot be read in the run's way
         return False
 

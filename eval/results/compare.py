@@ -27,6 +27,7 @@ from eval.results.record import (
     metric_title,
     plural,
     protocol_title,
+    read_otherwise,
     words,
 )
 
@@ -82,11 +83,6 @@ def column_title(result: Result) -> str:
     others = [f"judged with seed {seed}"] if seed != 1 else []
     others += [words(key, value) for key, value in read_otherwise(result).items()]
     return ", ".join([protocol_title(result), *changed_words(result), *result.deviations, *others])
-
-
-def read_otherwise(result: Result) -> dict[str, Any]:
-    """How the images are read, and which judge, where it is not as in the run."""
-    return {key: value for key, value in result.columns.items() if result.run.get(key) != value}
 
 
 def setting_of(result: Result) -> dict[str, Any]:

@@ -147,13 +147,17 @@ def record(
         seconds=seconds,
         speed={name: round(value, 3) for name, value in (speed or {}).items()},
     )
+    subject.tell_bad()
     if not subject.accelerator.is_main_process:
         return result
     if subject.folder:
         subject.folder.mkdir(exist_ok=True)
         name = record_name(subject, task, protocol, settings, changed)
         write(result, subject.folder / f"{name}.json")
-    judgement = ", ".join([protocol_title(result), *changed_words(result), *result.deviations])
+    read = [words(key, value) for key, value in read_otherwise(result).items()]
+    judgement = ", ".join(
+        [protocol_title(result), *changed_words(result), *result.deviations, *read]
+    )
     figure = f"{metric_title(metric)} {measured(result)}  on {subject.source}"
     print(f"{result.subject:<8}  {judgement}: {figure}", flush=True)
     return result
@@ -360,6 +364,11 @@ def protocol_title(result: Result) -> str:
 
 def changed_words(result: Result) -> list[str]:
     return [words(key, value) for key, value in result.changed.items()]
+
+
+def read_otherwise(result: Result) -> dict[str, Any]:
+    """How the images are read, and which judge, where it is not as in the run."""
+    return {key: value for key, value in result.columns.items() if result.run.get(key) != value}
 
 
 def words(key: str, value: Any) -> str:

@@ -378,7 +378,7 @@ def test_shards_and_splits_of_a_folder_of_tables(tmp_path):
     parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
     parquet(tmp_path / ".cache" / "train-9.parquet")
     assert [len(part) for part in open_train_test(str(tmp_path))] == [12, 6]
-    with pytest.raises(UserError, match="no split 'other'; it has test, train"):
+    with pytest.raises(UserError, match="no split 'other'; it has train, test"):
         open_images(str(tmp_path), "other")
 
 

@@ -262,3 +262,18 @@ def test_images_that_any_process_skipped_are_named(files, tmp_path):
     assert ended(forked("simclr", argv, log, 2)) == [0, 0], log.read_text()
     [line] = [line for line in log.read_text().splitlines() if "skipped" in line]
     assert "2 undecodable images" in line and all(name in line for name in bad)
+
+
+@pytest.mark.parametrize(
+    "left",
+    [{"WORLD_SIZE": "4"}, {"LOCAL_RANK": "2"}, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}],
+)
+def test_what_a_launcher_left_in_the_environment_is_one_line(left, tmp_path):
+    words = f"demo --out {tmp_path}/run --epochs 0.1 --warmup-epochs 0 --batch-size 64"
+    command = [sys.executable, "-m", "simclr.pretrain", *words.split()]
+    known = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
+    done = subprocess.run(
+        command, cwd=ROOT, env=known | left, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "without a launcher's MASTER_ADDR" in done.stderr

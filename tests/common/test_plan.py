@@ -94,6 +94,8 @@ def test_names_are_cut_into_words():
         ("trainset", "testset", "test"), ("birds-train", "birds-test", "test"),
         ("pets/train", "pets/test", "test"), ("images/train", "images/val", "validation"),
         ("training split", "testing split", "test"),
+        ("ISIC-2017_Training_Data", "ISIC-2017_Test_v2_Data", "test"), ("trainA", "testA", "test"),
+        ("train_jpg", "test_png", "test"),
     ],
 )  # fmt: skip
 def test_folders_of_splits(tmp_path, train, test, asked):
@@ -116,8 +118,9 @@ def test_a_folder_beside_classes_is_a_class_though_its_name_has_a_word(tmp_path,
     with pytest.raises(NoSplit):
         plan(tmp_path).choose("test")
     classes(tmp_path / "only two", "steam_train", "test_tube")
-    _, labels, lines = read(tmp_path / "only two")
-    assert set(labels) == {"steam_train", "test_tube"} and "taken as classes, not splits" in lines
+    said = refused(tmp_path / "only two")
+    assert "steam_train/, test_tube/ may be splits, or classes beside one another" in said
+    assert set(read(tmp_path / "only two", "all")[1]) == {"steam_train", "test_tube"}
 
 
 @pytest.mark.parametrize("name", ["train", "Test", "val", "training_set", "valid2"])
@@ -150,9 +153,9 @@ def test_folders_that_are_splits_but_for_one_are_refused(tmp_path):
     classes(tmp_path / "seg_train" / "seg_train", "sea", "street")
     classes(tmp_path / "seg_test" / "seg_test", "sea", "street", count=1)
     put(tmp_path, "seg_pred/seg_pred/1.png")
-    assert "seg_test/, seg_train/ may be splits, or classes beside seg_pred/" in refused(tmp_path)
-    names, labels, _ = read(tmp_path, "seg_train", label_depth=2)
-    assert len(names) == 4 and set(labels) == {"seg_train/sea", "seg_train/street"}
+    assert "seg_train/, seg_test/ may be splits, or classes beside seg_pred/" in refused(tmp_path)
+    names, labels, _ = read(tmp_path, "seg_train")
+    assert len(names) == 4 and set(labels) == {"sea", "street"}  # not the one folder between
     assert len(plan(tmp_path, "seg_train").choose("test").paths) == 2
     classes(tmp_path / "mvtec" / "bottle", "train/good", "test/broken", "ground_truth/broken")
     classes(tmp_path / "mvtec" / "cable", "train/good", "test/broken", "ground_truth/broken")
@@ -190,7 +193,14 @@ def test_images_beside_splits_are_counted(tmp_path):
 
 @pytest.mark.parametrize(
     "pattern",
-    ["birds_{}.parquet", "birds-{}.arrow", "{}/0.parquet", "{}_set.PARQUET", "split={}/a.parquet"],
+    [
+        "birds_{}.parquet",
+        "birds-{}.arrow",
+        "{}/0.parquet",
+        "{}_set.PARQUET",
+        "split={}/a.parquet",
+        "{}.parquet/part-0.parquet",
+    ],
 )
 def test_tables_of_splits(tmp_path, pattern):
     for split, count in (("train", 5), ("test", 3)):
@@ -269,6 +279,27 @@ def test_tables_of_other_columns_or_kinds_are_refused(tmp_path):
     assert "b.parquet has the columns image, other" in refused(tmp_path)
     os.rename(tmp_path / "b.parquet", tmp_path / "b.arrow")
     assert "several kinds, .arrow, .parquet" in refused(tmp_path)
+
+
+def test_tables_that_cannot_be_read_are_named(tmp_path):
+    put(tmp_path, "a.parquet", content=b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    assert "a.parquet is a pointer of git-lfs; git lfs pull" in refused(tmp_path)
+    put(tmp_path, "a.parquet", content=b"no table")
+    assert "a.parquet: Arrow" in refused(tmp_path)
+    parquet(tmp_path / "empty" / "b.parquet", 0, labels=[], kind=pa.int64())
+    assert "no images in b.parquet" in refused(tmp_path / "empty")
+    assert "a file has no configurations" in refused(f"{tmp_path}/empty/b.parquet:full")
+    os.mkfifo(tmp_path / "empty" / "pipe.parquet")
+    assert "no images in b.parquet" in refused(tmp_path / "empty")  # nobody waits for a pipe
+    table = pa.table({"image": [{"bytes": PNG, "path": None}] * 3, "label": [0, 1, 2]})
+    with (
+        pa.OSFile(str(tmp_path / "file.arrow"), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as out,
+    ):
+        out.write_table(table)
+    assert read(tmp_path / "file.arrow")[1] == [0, 1, 2]  # not as a stream, but as a file
+    put(tmp_path / "packed", "images.zip")
+    assert ".zip 1; unpack archives first" in refused(tmp_path / "packed")
 
 
 def test_one_table_is_read_whole_and_its_name_is_told(tmp_path):
@@ -387,7 +418,10 @@ def test_classes_below_the_first_level_are_told_and_chosen(tmp_path):
     classes(tmp_path, "Fruit/Apple", "Fruit/Pear", "Nut/Hazel/Red", "Nut/Wal")
     _, labels, lines = read(tmp_path)
     assert set(labels) == {"Fruit", "Nut"}
-    assert "4 folders of images lie below the 2 that are taken as classes; --label-depth 2" in lines
+    assert (
+        "4 folders of images lie below the 2 taken as classes; --label-depth 2 takes Fruit/A"
+        in lines
+    )
     assert set(read(tmp_path, label_depth=2)[1]) == {
         "Fruit/Apple", "Fruit/Pear", "Nut/Hazel", "Nut/Wal",
     }  # fmt: skip
@@ -470,6 +504,22 @@ def write_metadata(path, rows):
         path.write_text("\n".join(lines))
 
 
+def test_metadata_of_other_kinds(tmp_path):
+    put(tmp_path, "1.png", "2.png")
+    rows = [{"file_name": f"{i}.png", "objects": {"bbox": [[1, 2, 3, 4]]}} for i in (1, 2)]
+    write_metadata(tmp_path / "metadata.jsonl", rows)
+    assert "'objects' of the metadata holds no labels" in read(tmp_path)[2]
+    os.unlink(tmp_path / "metadata.jsonl")
+    rows = {"file_name": ["1.png", "2.png"], "label": ["ox", "yak"]}
+    pq.write_table(pa.table(rows), tmp_path / "metadata.parquet")
+    assert read(tmp_path)[1] == ["ox", "yak"]
+    put(tmp_path, "metadata.csv", content="file_name,label\n1.png,é\n".encode("latin-1"))
+    assert "metadata.csv: not UTF-8" in refused(tmp_path)
+    put(tmp_path, "metadata.csv", content=b"filename,label\n1.png,ox\n")
+    os.unlink(tmp_path / "metadata.parquet")
+    assert "no metadata.csv that describes them" in read(tmp_path)[2]
+
+
 def test_metadata_of_splits_and_above_class_folders(tmp_path):
     for split in ("train", "test"):
         put(tmp_path, f"{split}/x/0.png", f"{split}/y/1.png")
@@ -483,6 +533,22 @@ def test_metadata_of_splits_and_above_class_folders(tmp_path):
 def test_a_label_column_without_a_table_is_said(tmp_path):
     classes(tmp_path, "a", "b")
     assert "no table or metadata" in read(tmp_path, label_column="breed")[2]
+
+
+def test_of_several_columns_of_labels_the_others_are_named(tmp_path):
+    kinds = {name: datasets.ClassLabel(names=["x", "y"]) for name in ("domain", "label")}
+    features = datasets.Features(image=datasets.Image(), **kinds)
+    rows = {"image": [{"bytes": PNG, "path": None}] * 2, "domain": [0, 0], "label": [0, 1]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "a.parquet")
+    _, labels, lines = read(tmp_path)
+    assert labels == ["x", "y"] and "other columns of labels: domain" in lines
+
+
+def test_lists_of_labels_that_are_not_known(tmp_path):
+    values = [["a"], ["a", None], None, ["b", ""]]
+    parquet(tmp_path / "a.parquet", 4, labels=values, kind=pa.list_(pa.string()))
+    _, labels, lines = read(tmp_path)
+    assert labels == [["a"], None, None, None] and "3 of 4 labels are missing" in lines
 
 
 # ---- the Hub -------------------------------------------------------------------------------------
@@ -531,6 +597,12 @@ def seconds_of_a_plan(root, **how):
     made = plan(root, **how)
     made.lines(made.choose())
     return time.perf_counter() - began, made
+
+
+def test_many_folders_take_no_longer(tmp_path):
+    for i in range(3000):
+        put(tmp_path, f"{i}/a/1.jpg", f"{i}/b/2.jpg", content=b"")
+    assert seconds_of_a_plan(tmp_path)[0] < 2  # in proportion to the folders, not to their square
 
 
 @pytest.mark.slow

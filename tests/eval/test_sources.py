@@ -2,13 +2,19 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import eval.knn
 import eval.linear
 import eval.neighbours
+from common.errors import UserError
 from common.files import read_json
+from eval.encoder import load
+from eval.settings import KNN
+from eval.subjects import subjects
 from tests.common.test_plan import classes, parquet, put
 from tests.eval.harness import save_run
 from tests.helpers import evaluate, pretrain
@@ -101,6 +107,48 @@ def test_images_that_were_moved_are_the_runs(tmp_path, capsys):
     evaluate(eval.knn, tmp_path / "run", "--data", tmp_path / "two", "--k", "3")
     other = [read_json(p) for p in (tmp_path / "run" / "results").iterdir() if p != path]
     assert other[0]["columns"] == {} and other[0]["train_images"] == 11
+
+
+def test_labels_by_another_column_are_refused(tmp_path, judged, capsys):
+    parquet(tmp_path / "train.parquet", 6, "label", [0, 1] * 3)
+    parquet(tmp_path / "test.parquet", 4, "target", [0, 1] * 2)
+    said = refused(judged, capsys, tmp_path)
+    assert "labels of train are by column 'label', those of test by column 'target'" in said
+
+
+def test_the_range_of_values_is_the_encoders(tmp_path, capsys):
+    def deep(folder, scale):
+        for i in range(12):
+            values = np.random.default_rng(i).integers(0, scale, (16, 16), dtype=np.uint16)
+            (tmp_path / folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(tmp_path / folder / "ab"[i % 2] / f"{i}.png")
+
+    deep("bright", 4096)
+    deep("dim", 800)
+    deep("beyond", 9000)
+    words = f"demo --data {tmp_path}/bright --out {tmp_path}/run --image-size 16 --batch-size 6"
+    pretrain(
+        "simclr", *words.split(), *["--epochs", "1", "--warmup-epochs", "0", "--knn-every", "0"]
+    )
+    assert "read as 12 bits" in capsys.readouterr().err
+    assert load(str(tmp_path / "run")).metadata["value_range"] == [0, 4095]
+
+    def subject_on(folder, **more):
+        [subject] = subjects(KNN(run=str(tmp_path / "run"), data=str(tmp_path / folder), **more))
+        return subject
+
+    image = next((tmp_path / "dim").rglob("*.png"))
+    train = subject_on("dim").labelled()[0]
+    assert "looked at: read as 0 to 4,095" in capsys.readouterr().err
+    with Image.open(image) as picture:
+        brightest = np.asarray(picture).max()
+    shown = train.try_decode(train.encoded.index(str(image)))
+    assert int(shown.max()) == int(
+        int(brightest) * 255 / 4095
+    )  # and not the 255 of its own 10 bits
+    assert subject_on("dim", value_range=(0.0, 800.0)).how.value_range == (0.0, 800.0)
+    with pytest.raises(UserError, match="cannot be decoded"):  # not cut off, as nobody said so
+        subject_on("beyond").labelled()[0].load(1.0)
 
 
 def test_the_online_classifier_does_not_see_missing_labels(tmp_path, monkeypatch):
