@@ -400,8 +400,7 @@ class Run:
 def differences(record: Path, files: Sequence[Sequence[Any]]) -> str:
     """How files differ from those on record, in a few words; "" if they do not, or none are known.
 
-    Raises:
-        UserError: the record cannot be read.
+    A record that cannot be read is a difference: one process looks, and all must hear of it.
     """
     if not record.exists():
         return ""
@@ -409,7 +408,7 @@ def differences(record: Path, files: Sequence[Sequence[Any]]) -> str:
         lines = gzip.decompress(record.read_bytes()).decode().splitlines()
         before = {name: size for name, size in map(json.loads, lines)}
     except (OSError, EOFError, ValueError, TypeError) as error:
-        raise UserError(f"{record}: cannot be read ({first_line(error)})") from error
+        return f"images that are not known: {record} cannot be read ({first_line(error)})"
     now = {name: size for name, size in files}
     lost = [name for name in before if before[name] != now.get(name, 0)]
     new = [name for name in now if now[name] != before.get(name, 0)]
