@@ -227,24 +227,33 @@ class Plan:
         levels = {folder: folder.split(os.sep) if folder else [] for folder in set(above)}
         short = [path for path, folder in zip(part.paths, above, strict=True)
                  if len(levels[folder]) < (depth or 1)]  # fmt: skip
-        if depth is not None and short:
-            raise UserError(
-                f"{self.source}: --label-depth {depth}: {counted(len(short), 'image')} with fewer "
-                f"folders above, e.g. {short[0][start:]}"
-            )
         if len(short) == len(above):
+            if depth and part.split in ("", "train"):
+                raise UserError(
+                    f"{self.source}: --label-depth {depth}: no image has so many folders above; "
+                    f"e.g. {short[0][start:]}"
+                )
             described = " that describes them" if self.described else ""
             return Labels(None, why=f"no class folders, no metadata.csv{described}")
-        if short:
+        if short and depth is None:
             classes = layout.folders(sorted({names[0] for names in levels.values() if names}))
             names = listed([os.path.basename(path) for path in short], 3)
             beside = f"{counted(len(short), 'image')} beside the class folders {classes}: {names}"
-            return Labels(None, why=f"{beside}; for labels, move what is no class away")
+            way_out = (
+                f"--label-depth 1 leaves {'it' if len(short) == 1 else 'them'} without a label"
+            )
+            return Labels(None, why=f"{beside}; {way_out}")
         first = wrappers(list(levels.values())) if depth is None else 0
         last = first + 1 if depth is None else depth
-        named = {each: "/".join(names[first:last]) for each, names in levels.items()}
+        named = {
+            each: "/".join(names[first:last]) if len(names) >= last else None
+            for each, names in levels.items()
+        }
         values, taken = [named[folder] for folder in above], len(set(named.values()))
         notes = []
+        if short:
+            count = f"{counted(len(short), 'image')} with fewer folders above have no label"
+            notes.append(f"{count}: {listed([path[start:] for path in short], 3)}")
         if depth is None and len(levels) > taken:
             notes.append(deeper(list(levels.values()), taken))
         origin = "class folders" if depth is None else f"folders to depth {depth}"

@@ -426,9 +426,10 @@ def test_classes_below_the_first_level_are_told_and_chosen(tmp_path):
         "Fruit/Apple", "Fruit/Pear", "Nut/Hazel", "Nut/Wal",
     }  # fmt: skip
     assert read(tmp_path, label_depth=0)[1] is None
-    assert "6 images with fewer folders above, e.g. Fruit/Apple/0.png" in refused(
-        tmp_path, label_depth=3
-    )
+    _, labels, lines = read(tmp_path, label_depth=3)
+    assert labels == [None] * 4 + ["Nut/Hazel/Red"] * 2 + [None] * 2
+    assert "6 images with fewer folders above have no label: Fruit/Apple/0.png" in lines
+    assert "--label-depth 4: no image has so many folders" in refused(tmp_path, label_depth=4)
 
 
 def test_what_spoils_the_labels_is_named(tmp_path):
@@ -436,7 +437,8 @@ def test_what_spoils_the_labels_is_named(tmp_path):
     put(tmp_path, "train/montage.png")
     _, labels, lines = read(tmp_path)
     assert labels is None
-    assert "1 image beside the class folders a/, b/: montage.png" in lines
+    assert "1 image beside the class folders a/, b/: montage.png; --label-depth 1" in lines
+    assert read(tmp_path, label_depth=1)[1] == ["a", "a", "b", "b", None]
 
 
 @pytest.mark.parametrize(
