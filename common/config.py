@@ -116,6 +116,12 @@ def source_config(settings: Mapping[str, Any]) -> SourceConfig:
     return config
 
 
+def read_as(config: SourceConfig) -> dict[str, Any]:
+    """What is set of how images are read, as JSON has it."""
+    known = json.loads(to_json({name: getattr(config, name) for name in SOURCE_FLAGS}))
+    return {name: value for name, value in known.items() if value not in (None, "")}
+
+
 def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
     """Check that each named field, or each number of it, is finite and from least to most.
 

@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -132,6 +132,10 @@ class ImageSplit:
 
     def __len__(self) -> int:
         return len(self.encoded)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker process does without the plan, which names all images of all splits."""
+        return self.__dict__ | {"plan": None, "part": None}
 
     def load(self, memory_gb: float) -> str:
         """Decode into memory if that takes under `memory_gb`; one line to describe it all."""
@@ -296,8 +300,7 @@ class _Decoder(Dataset):
         then: Callable[[int, Batch], Any] | None,
         cut: Callable[[int, list[Tensor]], list[Tensor]] | None,
     ) -> None:
-        self.images = replace(images, plan=None, part=None)  # which a worker does without
-        self.then, self.cut = then, cut
+        self.images, self.then, self.cut = images, then, cut
 
     def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Any, dict[int, str]]:
         i, indices = item
@@ -338,6 +341,8 @@ def open_split(plan: Plan, split: str, classes: tuple[str, ...] | None = None) -
         UserError: as `open_images`.
     """
     part = plan.choose(split)
+    if plan.kind == "demo" and part.joined:
+        raise UserError("demo: its splits are drawn one at a time; --split train or test")
     if plan.kind == "demo":
         pixels, labels = demo.split(part.name)
         return ImageSplit(
@@ -446,7 +451,8 @@ def encode_labels(
         raise UserError(f"names of classes that look alike: {alike}; rename all but one")
     order = [printable(name) for name in classes or names]
     order += [name for name in dict.fromkeys(names) if name not in order]
-    place = {value: order.index(name) for value, name in zip(present, names, strict=True)}
+    numbers_of = {name: i for i, name in reversed(list(enumerate(order)))}
+    place = {value: numbers_of[name] for value, name in zip(present, names, strict=True)}
     if not several:
         numbers = [MISSING if value is None else place[value] for value in values]
         return torch.tensor(numbers), tuple(order)

@@ -144,11 +144,12 @@ def walk(root: str) -> Found:
 
     def enter(folder: str, relative: str, above: frozenset[str], out: str) -> None:
         here = os.path.realpath(folder)
-        if here in above:  # a link to a folder that holds it
+        if here in above:  # of the walk, which would not end
+            found.passed_over["links to a folder above"] += 1
             return
-        if here in seen and not out:
-            found.twice.append(relative)
-        seen.add(here)
+        again, before = here in seen, len(found.images)
+        if not out:
+            seen.add(here)
         try:
             with os.scandir(folder) as entries:
                 listing = list(entries)
@@ -181,6 +182,8 @@ def walk(root: str) -> Found:
                 found.passed_over[printable(suffix or "without a suffix")] += 1
         if names:
             found.images[relative] = names
+        if again and len(found.images) > before:
+            found.twice.append(relative)
 
     enter(root, "", frozenset(), "")
     return found

@@ -59,9 +59,10 @@ def main(settings: Settings) -> None:
 
 
 def kind_of(plan: Plan) -> str:
-    total = sum(part.count or 0 for part in plan.parts)
+    counts = [part.count for part in plan.parts]
+    images = "? images" if None in counts else counted(sum(n or 0 for n in counts), "image")
     kind = {"tables": "tables", "hub": "of the Hub, not fetched", "demo": "embedded"}
-    return f"{kind.get(plan.kind, 'a folder')}, {counted(total, 'image')}"
+    return f"{kind.get(plan.kind, 'a folder')}, {images}"
 
 
 def line_of(plan: Plan, part: Part) -> str:

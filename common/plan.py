@@ -12,7 +12,8 @@ and where two readings are possible the source is refused, with the flag that ch
 Nothing here imports torch. Symbols: N images.
 """
 
-import hashlib
+import gzip
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from common import layout, tables
 from common.cli import is_hub_id, split_source
 from common.config import SourceConfig
 from common.depth import settle
-from common.errors import UserError, printable, shown
+from common.errors import UserError, first_line, printable, shown
 from common.files import path_of
 from common.formats import SUFFIXES, Look, Reading, look_at
 from common.layout import (
@@ -53,6 +54,10 @@ class NoSplit(UserError):
     """The source exists, but not this split of it."""
 
 
+class Several(UserError):
+    """Several splits of the source have the name."""
+
+
 # ---- the plan ------------------------------------------------------------------------------------
 
 
@@ -74,6 +79,7 @@ class Part:
     paths: list[str] = field(default_factory=list)
     table: Table | None = None
     base: str = ""  # the folder above the class folders
+    joined: bool = False  # whether it is all splits together
 
 
 @dataclass
@@ -101,7 +107,7 @@ class Plan:
     Attributes:
         kind: "demo", "folder", "tables" or "hub".
         parts: the splits in the order of their names.
-        passed_over: what is not read, by kind, with counts: " 16 .xyz".
+        passed_over: what is not read, by kind, with counts.
     """
 
     source: str
@@ -133,8 +139,9 @@ class Plan:
         shown = listed([part.name for part in named])
         if not named and split in ("", "all", *SPLITS["train"]):
             return self.parts[0]
-        if split == "all":
-            return self._joined()
+        own = [part for part in named if part.name == split]
+        if split == "all" and not own:
+            return self._joined
         others = [part.name for part in named if part.split in OTHER]
         if not split and others:
             train = [part.name for part in named if part.split == "train"]
@@ -150,7 +157,7 @@ class Plan:
             return found[0]
         if found:
             names = listed([part.name for part in found])
-            raise UserError(
+            raise Several(
                 f"{self.source}: {names} each name {wanted}; --split {found[0].name} takes one"
             )
         if split in ("", "train"):
@@ -161,6 +168,7 @@ class Plan:
         has = f"it has {shown}" if named else "it has no splits"
         raise NoSplit(f"{self.source}: no split {split!r}; {has}")
 
+    @cached_property
     def _joined(self) -> Part:
         """Everything, as one part."""
         paths = sorted(path for part in self.parts for path in part.paths)
@@ -169,8 +177,9 @@ class Plan:
         table = None
         if self.kind != "folder":
             table = tables.joined([part.table for part in self.parts if part.table])
+            self.notes += table.notes
         base = os.path.commonpath([p.base for p in self.parts]) if self.kind == "folder" else ""
-        return Part("all", "all", count, paths, table, base)
+        return Part("all", "all", count, paths, table, base, joined=True)
 
     # ---- labels ----
 
@@ -183,7 +192,7 @@ class Plan:
         if self.kind == "demo":
             return Labels(None, "drawn")
         if part.name not in self._labels:
-            of_folder = self._labels_of_all if part.name == "all" else self._labels_of_folder
+            of_folder = self._labels_of_all if part.joined else self._labels_of_folder
             read = of_folder if self.kind == "folder" else self._labels_of_table
             self._labels[part.name] = read(part)
         return self._labels[part.name]
@@ -212,7 +221,11 @@ class Plan:
             for one, labels in pairs
             for p, v in zip(one.paths, labels.values or (), strict=True)
         }
-        notes = [note for labels in each for note in labels.notes]
+        notes = [
+            f"{one.name}: {note}"
+            for labels, one in zip(each, self.parts, strict=True)
+            for note in labels.notes
+        ]
         return Labels([of[path] for path in part.paths], each[0].origin, notes=notes)
 
     def _labels_of_folder(self, part: Part) -> Labels:
@@ -298,6 +311,7 @@ class Plan:
             UserError: it is not decided.
         """
         given = Reading(self.how.alpha or "", self.how.value_range, self.clip)
+        self.looks, self.undecodable = [], []
         for i, image in enumerate(self.sample()):
             try:
                 self.looks.append(look_at(image))
@@ -325,20 +339,22 @@ class Plan:
         self.reading  # noqa: B018  its notes are told as well
         lines = []
         if any(part.name for part in parts):
-            rest = [p for p in self.parts if p not in parts and parts[0].name != "all"]
-            out = f"; not read here: {numbers_of(rest)}" if rest else ""
+            rest = [p for p in self.parts if p not in parts and not parts[0].joined]
+            word = "left out" if len(parts) == 1 else "others"
+            out = f"; {word}: {numbers_of(rest)}" if rest else ""
             lines.append(f"split {numbers_of(parts)}{out}")
         for part in parts:
             if self.kind == "folder" or (part.table is not None and part.table.local):
                 labels = self.labels(part)
-                lines += labels.notes
+                several = len(parts) > 1
+                lines += [f"{part.name}: {note}" if several else note for note in labels.notes]
                 where = f" of {part.name}" if part.name else ""
                 if labels.values is None:
                     lines.append(f"no labels{where}: {labels.why}")
                 elif part is parts[0]:
-                    several = any(value != labels.values[0] for value in labels.values)
+                    differ = any(value != labels.values[0] for value in labels.values)
                     one = f"no labels to tell apart: all {labels.values[0]}, by {labels.origin}"
-                    lines.append(f"labels by {labels.origin}" if several else one)
+                    lines.append(f"labels by {labels.origin}" if differ else one)
         lines += self.notes
         sample = self.sampled()
         if not all(kind.endswith(PLAIN) for kind in sample):  # something is converted
@@ -359,7 +375,6 @@ class Plan:
             "kind": self.kind,
             "split": part.name,
             "images": part.count,
-            "names_sha256": self.names_digest(part),
             "splits": {printable(p.name): p.count for p in self.parts},
             "labels": {"from": labels.origin, "why_not": labels.why, "missing": labels.missing},
             "classes": {printable(name): n for name, n in sorted(counts.items())},
@@ -368,13 +383,6 @@ class Plan:
             "passed_over": self.passed_over,
             "lines": self.lines(part),
         }
-
-    def names_digest(self, part: Part) -> str:
-        """Of the names of a part's files below the source, by which a moved source is known."""
-        digest = hashlib.sha256()
-        for name in names_below(self, part):
-            digest.update(os.fsencode(name) + b"\0")
-        return digest.hexdigest()
 
     def sampled(self) -> dict[str, int]:
         """Kinds of the images looked at, most frequent first: "JPEG RGB 8 bits" to a count."""
@@ -495,13 +503,15 @@ def planned(source: str, how: SourceConfig) -> Plan:
         raise UserError(f"{source}: no path ({error})") from error
     if is_hub_id(source):
         found, notes = tables.of_hub(name, configuration)
-        parts = [Part(n, hub_split(n), t.rows, table=t) for n, t in found.items()]
+        parts = [Part(n, split_of(n), t.rows, table=t) for n, t in found.items()]
         return Plan(source, "hub", how, parts, notes=notes)
     raise UserError(f"{source}: no such folder or file (nor a Hub id of the form owner/name)")
 
 
-def hub_split(name: str) -> str:
-    return next(iter(splits_in(name)), name)
+def split_of(name: str) -> str:
+    """The split that a name names, or the name itself."""
+    found = splits_in(name)
+    return found.pop() if len(found) == 1 else name.lower()
 
 
 def of_file(source: str, path: str, how: SourceConfig) -> Plan:
@@ -588,10 +598,11 @@ def of_tables(source: str, root: str, wanted: str, found: Found, how: SourceConf
         UserError: several configurations, or tables that name no split beside others that do.
     """
     units = sorted(found.tables)
+    found.pass_over("metadata beside tables", len(found.metadata))
     inside = {os.path.dirname(file) for file in units} & set(found.saved)
     if inside:  # of `save_to_disk`, whose state.json lists them
         units = [os.path.join(folder, "state.json") for folder in sorted(inside)]
-        own = sum(tables.saved_files(os.path.join(root, folder)) for folder in inside)
+        own = sum(len(tables.saved_files(os.path.join(root, folder))) for folder in inside)
         found.pass_over("other tables", len(found.tables) - own)
     splits = {unit: layout.split_of_table(unit) for unit in units}
     named = [unit for unit in units if splits[unit]] or units
@@ -603,7 +614,7 @@ def of_tables(source: str, root: str, wanted: str, found: Found, how: SourceConf
         names = listed([name or "(no name)" for name in configurations], 10)
         raise UserError(
             f"{source}: several configurations, {names}; say one: "
-            f"--data {source}:{configurations[-1]}"
+            f"--data {source}:{configurations[-1]}, or give one file"
         )
     kept = [unit for unit in named if configuration_of(unit) == (wanted or configurations[0])]
     mine: dict[str, list[str]] = {}
@@ -655,12 +666,10 @@ def of_images(source: str, root: str, found: Found, how: SourceConfig) -> Plan:
             for folder in found.below(below)
             for image in found.images[folder]
         ]
-        split = next(iter(splits_in(name)), name.lower())
-        parts.append(Part(name, split, len(paths), sorted(paths), base=base))
+        parts.append(Part(name, split_of(name), len(paths), sorted(paths), base=base))
     outside = found.count() - sum(part.count or 0 for part in parts)
     if outside:
-        where = next(each for each in (level, *found.images) if each in found.images)
-        example = os.path.join(where, found.images[where][0])
+        example = os.path.join(level, found.images[level][0])
         images = f"{counted(outside, 'image')} beside {layout.folders(names)}"
         notes.append(f"{images} left out: {printable(example)}" + (", ..." if outside > 1 else ""))
     plan = Plan(source, "folder", how, parts, root, notes=notes)
@@ -690,11 +699,11 @@ def read_metadata(plan: Plan, found: Found) -> None:
                 raise UserError(f"{plan.source}: {file}: two rows differ on {name}; keep one")
             if path in known:
                 plan.metadata[path] = row
-            elif not os.path.exists(path):
+            else:
                 lost.append(name)
         if lost:
             rows_ = counted(len(lost), "row")
-            plan.notes.append(f"{rows_} of {file} without a file: {listed(lost, 3)}")
+            plan.notes.append(f"{rows_} of {file} without an image: {listed(lost, 3)}")
 
 
 def check_split_column(where: str, values: Sequence[Any], how: SourceConfig) -> None:
@@ -716,14 +725,47 @@ def check_split_column(where: str, values: Sequence[Any], how: SourceConfig) -> 
 
 def listing(plan: Plan, part: Part) -> list[tuple[str, int | None]]:
     """The files of a part, relative to the source, with their sizes in bytes; [] of the Hub."""
-    sizes = [size for _, size in stats(part.paths, times=False)]
-    return list(zip(map(shown, names_below(plan, part)), sizes, strict=True))
+    paths = files_of(part)
+    sizes = [size for _, size in stats(paths, times=False)]
+    return list(zip(map(shown, names_below(plan, paths)), sizes, strict=True))
 
 
-def names_below(plan: Plan, part: Part) -> list[str]:
-    """The files of a part, relative to the source; of a single table its name."""
+def files_of(part: Part) -> list[str]:
+    """The files of a part; of a folder of `save_to_disk` those that its state.json lists."""
+    found = []
+    for path in part.paths:
+        folder, name = os.path.split(path)
+        saved = tables.saved_files(folder) if name == "state.json" else [name]
+        found += [os.path.join(folder, each) for each in saved]
+    return found
+
+
+def differences(record: Path, files: Sequence[Sequence[Any]]) -> str:
+    """How files differ from those on record, in a few words; "" if they do not, or none are known.
+
+    A record that cannot be read is a difference: one process looks, and all must hear of it.
+    """
+    if not record.exists():
+        return ""
+    try:
+        lines = gzip.decompress(record.read_bytes()).decode().splitlines()
+        before = {name: size for name, size in map(json.loads, lines)}
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        return f"images that are not known: {record} cannot be read ({first_line(error)})"
+    now = {name: size for name, size in files}
+    lost = [name for name in before if before[name] != now.get(name, 0)]
+    new = [name for name in now if now[name] != before.get(name, 0)]
+    if not lost and not new:
+        return ""
+    count, of = max(len(lost), len(new)), max(len(before), len(now))
+    shown = f"e.g. {printable((lost + new)[0])}"
+    return f"other images: {count:,} of {of:,} files differ in name or size, {shown}"
+
+
+def names_below(plan: Plan, paths: Sequence[str]) -> list[str]:
+    """Paths relative to the source; of a single table its name."""
     root = plan.root if os.path.isdir(plan.root) else os.path.dirname(plan.root)
-    return [path.removeprefix(root).lstrip(os.sep) for path in part.paths]
+    return [path.removeprefix(root).lstrip(os.sep) for path in paths]
 
 
 def stats(paths: Sequence[str], times: bool) -> Iterator[tuple[str, Any]]:

@@ -14,13 +14,12 @@ RUN/.lock                  held while a command trains here
 """
 
 import gzip
-import json
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from common.checkpoints import Checkpoints, check_finite
 from common.cli import absolute, split_source
 from common.config import RunConfig
 from common.data import ImageSplit, generator
-from common.errors import UserError, first_line, printable
+from common.errors import UserError
 from common.files import (
     append_row,
     atomic_write,
@@ -50,7 +49,7 @@ from common.files import (
 )
 from common.health import collapse_warning, embedding_metrics
 from common.launch import StopSignal, commit, provenance
-from common.plan import listing
+from common.plan import differences, listing
 from common.trackers import Trackers
 from common.views import ViewPairs
 
@@ -193,12 +192,16 @@ class Run:
         """
         problem, files = "", []
         plan, part = self.images.plan, self.images.part
-        if self.main and plan and part:
+        if self.main and plan and part:  # whatever is wrong, the others must hear of it
             files = [list(file) for file in listing(plan, part)]
+            record = self.folder / "images.jsonl.gz"
             if old:
-                problem = differences(self.folder / "images.jsonl.gz", files)
                 before, now = str(old["config"].get("data")), self.cfg.data
-                if not problem and place_of(before) != place_of(now):
+                moved = place_of(before) != place_of(now)
+                problem = differences(record, files)
+                if moved and not record.exists() and plan.kind != "hub":
+                    problem = f"the images at {before}, with no list of them to compare {now} with"
+                elif moved and not problem:
                     self.print(f"the images of this run, now at {now} (before: {before})")
         [problem] = broadcast_object_list([problem])
         if problem:
@@ -392,31 +395,10 @@ class Run:
         }
         if self.images.reading.value_range:
             known["value_range"] = list(self.images.reading.value_range)
+            known["clip"] = self.images.reading.clip
         text = {key: to_json(value) for key, value in (known | dict(self.metadata)).items()}
         with atomic_write(self.folder / "encoder.safetensors") as aside:
             save_file(tensors, aside, metadata=text)
-
-
-def differences(record: Path, files: Sequence[Sequence[Any]]) -> str:
-    """How files differ from those on record, in a few words; "" if they do not, or none are known.
-
-    A record that cannot be read is a difference: one process looks, and all must hear of it.
-    """
-    if not record.exists():
-        return ""
-    try:
-        lines = gzip.decompress(record.read_bytes()).decode().splitlines()
-        before = {name: size for name, size in map(json.loads, lines)}
-    except (OSError, EOFError, ValueError, TypeError) as error:
-        return f"images that are not known: {record} cannot be read ({first_line(error)})"
-    now = {name: size for name, size in files}
-    lost = [name for name in before if before[name] != now.get(name, 0)]
-    new = [name for name in now if now[name] != before.get(name, 0)]
-    if not lost and not new:
-        return ""
-    count, of = max(len(lost), len(new)), max(len(before), len(now))
-    shown = f"e.g. {printable((lost + new)[0])}"
-    return f"other images: {count:,} of {of:,} files differ in name or size, {shown}"
 
 
 def place_of(source: str) -> tuple[str, str]:

@@ -222,13 +222,13 @@ def read_each(read: Callable[[str], Any], file: str, source: str) -> Any:
         raise UserError(f"{source}: {why_unread(file, error)}") from error
 
 
-def saved_files(folder: str) -> int:
-    """How many tables a folder of `save_to_disk` says that it holds."""
+def saved_files(folder: str) -> list[str]:
+    """The names of the tables that a folder of `save_to_disk` says that it holds."""
     try:
         with open(os.path.join(folder, "state.json")) as file:
-            return len(json.load(file)["_data_files"])
+            return [str(each["filename"]) for each in json.load(file)["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        return []
 
 
 def why_unread(file: str, error: Exception) -> str:
@@ -248,7 +248,7 @@ def joined(tables: Sequence[Table]) -> Table:
         return opened([file for table in tables for file in table.files], first.source)
     whole = HubTable(first.source, first.configuration, "all", first.features, None)
     whole._dataset = datasets.concatenate_datasets([table.dataset for table in tables])
-    whole.rows = len(whole._dataset)
+    whole.rows, whole.files = len(whole._dataset), [f for table in tables for f in table.files]
     return whole
 
 

@@ -148,6 +148,8 @@ def check_metadata(metadata: dict[str, Any], preprocess: Preprocess) -> None:
             raise ValueError(f"{key} {metadata[key]!r:.80}, not a text")
     if (stored := metadata.get("value_range")) is not None and not is_range(stored):
         raise ValueError(f"value_range {stored!r:.80}, not two numbers, the lower first")
+    if not isinstance(metadata.get("clip", True), bool):
+        raise ValueError(f"clip {metadata['clip']!r:.80}, neither true nor false")
     if not isinstance(metadata.get("epochs", 0), int | float):
         raise ValueError(f"epochs {metadata['epochs']!r:.80}, not a number")
     if (

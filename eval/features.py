@@ -173,10 +173,11 @@ def sha256_of(*tensors: Tensor) -> str:
 
 
 def digest_of(network: nn.Module, preprocess: Preprocess, images: ImageSplit, **how: bool) -> str:
-    """A key of all that features depend on: weights, layers, preprocessing, images; but no name.
+    """A key of all that features depend on: weights, layers, preprocessing, images and how their
+    pixels are read; but no name.
 
     Args:
         how: the images are told apart; see `identity_of`.
     """
-    parts = (network, preprocess, fingerprint(network), identity_of(images, **how))
+    parts = (network, preprocess, fingerprint(network), identity_of(images, **how), images.reading)
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]

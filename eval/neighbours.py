@@ -65,6 +65,8 @@ def main(settings: Settings) -> None:
     if (labels := classes_of(images)) is not None:
         for name, index, near in blocks:
             own, chance = shares(labels, index, near)
+            if own != own:  # of no two images are both labels known
+                continue
             print(
                 f"{name:<8}  {own:.1f} % of an image's {near.shape[1]} nearest are of its class "
                 f"(at random: {chance:.1f} %)"
@@ -118,7 +120,7 @@ def draw(images: ImageSplit, blocks: list[tuple[str, Tensor, Tensor]], rows: int
         for j, (_, _, found) in enumerate(blocks):
             for i, other in enumerate(found[row].tolist()):
                 frame = "white"
-                if labels is not None:
+                if labels is not None and labels[other] >= 0 and labels[place] >= 0:
                     frame = OWN if labels[other] == labels[place] else OTHER
                 paste(sheet, images, other, (step + GAP + j * block + i * step, y), frame)
     return sheet

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.data import ImageSplit, among, generator, open_split, subset
 from common.errors import UserError
-from common.plan import NoSplit, Plan
+from common.plan import NoSplit, Plan, Several
 
 MOST_HELD_OUT = 10_009
 
@@ -83,12 +83,19 @@ def open_test(plan: Plan, train: ImageSplit, test_split: str) -> ImageSplit | No
         UserError: the named one is the training split.
     """
     assert train.part
-    if test_split == "none" or train.part.name == "all":
+    if train.part.joined and test_split not in ("", "none"):
+        raise UserError(
+            f"--test-split {test_split}: --split all trains on it too; --split train does not"
+        )
+    if test_split == "none" or train.part.joined:
         return None
     test = None
     for split in (test_split,) if test_split else ("test", "validation"):
         with contextlib.suppress(NoSplit) if not test_split else contextlib.nullcontext():
-            part = plan.choose(split)
+            try:
+                part = plan.choose(split)
+            except Several as error:
+                raise UserError(f"{error}, to judge on: --test-split NAME or none") from error
             if part is train.part and test_split:
                 raise UserError(f"--test-split {test_split}: is what is trained on")
             if part is not train.part:
@@ -118,6 +125,9 @@ def open_validation(plan: Plan, train: ImageSplit, test: ImageSplit) -> ImageSpl
     try:
         part = plan.choose("validation")
     except NoSplit:
+        return None
+    except Several as error:
+        plan.notes.append(f"{error}: none of them is used")
         return None
     if part in (train.part, test.part) or test.part is train.part:
         return None

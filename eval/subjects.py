@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from common import cli
-from common.config import SOURCE_FLAGS, SourceConfig, source_config
+from common.config import SOURCE_FLAGS, SourceConfig, read_as, source_config
 from common.data import ImageSplit
 from common.errors import UserError
 from common.files import read_json
 from common.launch import launch
-from common.plan import Plan, plan_of
+from common.plan import Plan, differences, listing, plan_of
 from eval.encoder import Encoder, Preprocess, load
 from eval.features import MEMORY_GB, cached, digest_of, encode
 from eval.processes import place
@@ -80,9 +81,10 @@ class Subject:
     @property
     def columns(self) -> dict[str, Any]:
         """How the images are read, and which judge, as far as it was said."""
-        known = {name: getattr(self.how, name) for name in SOURCE_FLAGS}
-        known["test_split"] = self.test_split
-        return {name: value for name, value in known.items() if value not in (None, "")}
+        known = read_as(self.how) | ({"test_split": self.test_split} if self.test_split else {})
+        if known.get("value_range") == self.encoder.metadata.get("value_range"):
+            known.pop("value_range", None)  # the encoder's own
+        return known
 
     def labelled(self) -> tuple[ImageSplit, ImageSplit | None]:
         """The labelled training split of the source and its test split, if it has one."""
@@ -101,16 +103,18 @@ class Subject:
             print(line, file=sys.stderr)
 
     def tell_bad(self) -> None:
-        """Name and count the undecodable images of what has been opened, once."""
-        told = self.opened.setdefault("told", {})
+        """Name and count the undecodable images of what has been opened, once; by all processes."""
+        told = self.opened.setdefault("told", set())
         for name in ("labelled", "splits", "validation"):
             found = self.opened.get(name)
             for images in found if isinstance(found, tuple) else (found,):
+                for bad in gather_object([images.bad]) if images is not None else ():
+                    images.bad.update(bad)  # each process met its share
                 if images is not None and images.bad and self.accelerator.is_main_process:
                     line = f"{images.name}: {images.report_bad()}"
-                    if told.setdefault(line, True) is True:
+                    if line not in told:
                         print(line, file=sys.stderr)
-                        told[line] = False
+                    told.add(line)
 
     def splits(self) -> tuple[ImageSplit, ImageSplit]:
         """The same; without a test split, a fifth of the training images is held out as one."""
@@ -122,7 +126,10 @@ class Subject:
     def validation(self) -> ImageSplit | None:
         """The source's own validation split; see eval/splits.py."""
         if "validation" not in self.opened:
-            self.opened["validation"] = open_validation(self.plan, *self.splits())
+            found = self.opened["validation"] = open_validation(self.plan, *self.splits())
+            if found and found.part and self.accelerator.is_main_process:
+                for note in self.plan.labels(found.part).notes:
+                    print(f"  {found.part.name}: {note}", file=sys.stderr)
         return self.opened["validation"]
 
     def digest(self, images: ImageSplit, preprocess: Preprocess | None = None) -> str:
@@ -218,8 +225,8 @@ def subjects(
     told = {name: value for name in SOURCE_FLAGS if (value := getattr(s, name)) not in (None, "")}
     # a range of values belongs to the encoder, as a mean does, whatever the images
     own = {"value_range": known} if (known := encoders[0].metadata.get("value_range")) else {}
-    how = source_config(own | (config if of_run else {}) | own | told)
-    clip = "value_range" in told or bool(config.get("value_range"))
+    how = source_config((config if of_run else {}) | own | told)
+    clip = "value_range" in told or encoders[0].metadata.get("clip", True)
     accelerator = launch("fp32")  # bfloat16 is asked for where a network is called
     opened: dict[str, Any] = {}  # all share the decoded images
     for encoder in encoders:
@@ -243,14 +250,13 @@ def subjects(
 
 
 def is_of_run(source: str, run: Path, config: dict[str, Any]) -> bool:
-    """Whether a source holds the images of a run: it is at the same place, or has the same names.
+    """Whether a source holds the images of a run: it is at the same place, or has the same files.
 
     Raises:
         UserError: it is the run's own, a local one, and is no longer there.
     """
-    record = run / "plan.json"
-    known = read_json(record) if record.exists() else {}
-    local = known.get("kind") in ("folder", "tables")
+    files = run / "images.jsonl.gz"
+    local = files.exists() and cli.is_local(config["data"])
     there = cli.is_there(cli.split_source(source)[0])
     if cli.absolute(source) == cli.absolute(config["data"]):
         if local and not there:
@@ -260,9 +266,10 @@ def is_of_run(source: str, run: Path, config: dict[str, Any]) -> bool:
         return False
     try:
         plan = plan_of(source, source_config(config))
-        return plan.names_digest(plan.choose(plan.how.split)) == known.get("names_sha256")
+        found = listing(plan, plan.choose(plan.how.split))
     except UserError:  # it cannot be read in the run's way
         return False
+    return bool(found) and not differences(files, found)
 
 
 def config_of(run: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from statistics import median
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from common.config import SOURCE_FLAGS, RunConfig, source_config
+from common.config import SOURCE_FLAGS, RunConfig, read_as, source_config
 from common.errors import UserError
 from common.files import atomic_write_bytes, read_json, read_rows, to_json
 from common.launch import provenance
@@ -200,8 +200,8 @@ def record_name(
         parts.append(f"on-{subject.source}")
     columns = subject.columns
     if of_run:  # a run's own are not told
-        own = source_config(subject.config)
-        columns = {k: v for k, v in columns.items() if v != getattr(own, k, None)}
+        own = read_as(source_config(subject.config))
+        columns = {k: v for k, v in columns.items() if v != own.get(k)}
     given = {k: v for k, v in settings.items() if v and k not in FOLLOWING}
     where = "" if of_run else subject.source
     where = os.path.realpath(where) if os.path.exists(where) else where  # a folder of that name

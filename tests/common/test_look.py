@@ -104,7 +104,7 @@ def test_a_run_prints_its_plan_and_keeps_it(tmp_path, capsys):
     classes(tmp_path / "d" / "test", "cat", "dog", count=2)
     pretrain("simclr", *flags(tmp_path / "d", tmp_path / "run"))
     said = capsys.readouterr().err
-    assert "split train 16; not read here: test 4" in said
+    assert "split train 16; left out: test 4" in said
     assert read_json(tmp_path / "run" / "plan.json")["split"] == "train"
     content = gzip.decompress((tmp_path / "run" / "images.jsonl.gz").read_bytes()).decode()
     files = [json.loads(line) for line in content.splitlines()]

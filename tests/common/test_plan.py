@@ -67,7 +67,11 @@ def read(root, split="", **how):
     """What a run reads: the names below the source, the values of the labels, and the lines."""
     made = plan(root, split, **how)
     part = made.choose(split)
-    return planning.names_below(made, part), made.labels(part).values, "\n".join(made.lines(part))
+    return (
+        planning.names_below(made, part.paths),
+        made.labels(part).values,
+        "\n".join(made.lines(part)),
+    )
 
 
 def refused(root, split="", kind=UserError, **how):
@@ -104,7 +108,7 @@ def test_folders_of_splits(tmp_path, train, test, asked):
     put(tmp_path, "README.md", "data.yaml")
     names, labels, lines = read(tmp_path)
     assert labels == ["cat"] * 3 + ["dog"] * 3 and all(name.startswith(train) for name in names)
-    assert f"not read here: {os.path.basename(test)} 2" in lines
+    assert f"left out: {os.path.basename(test)} 2" in lines
     assert len(plan(tmp_path).choose(asked).paths) == 2
     assert set(read(tmp_path, "all")[1]) == {"cat", "dog"}
     assert len(read(tmp_path, "all")[0]) == 8
@@ -130,7 +134,7 @@ def test_a_folder_that_may_be_a_split_or_a_class_is_refused(tmp_path, name):
     assert f"{name}/ may be splits, or classes beside bus/, plane/" in said
     assert len(read(tmp_path, "all")[0]) == 6 and set(read(tmp_path, "all")[1]) > {name}
     names, _, lines = read(tmp_path, name)
-    assert len(names) == 2 and "not read here: bus 2, plane 2" in lines
+    assert len(names) == 2 and "left out: bus 2, plane 2" in lines
 
 
 @pytest.mark.parametrize("name", ["extra", "unlabeled", "holdout_images"])
@@ -166,6 +170,8 @@ def test_two_folders_of_one_split_are_refused(tmp_path):
     classes(tmp_path, "train2014/a", "train2017/a", "val2014/a")
     assert "train2014, train2017 each name train" in refused(tmp_path)
     assert len(read(tmp_path, "train2017")[0]) == 2
+    everything = plan(tmp_path, "all")
+    assert everything.choose("all") is everything.choose("all")
 
 
 def test_splits_below_several_folders_are_configurations(tmp_path):
@@ -177,6 +183,23 @@ def test_splits_below_several_folders_are_configurations(tmp_path):
     names, labels, _ = read(f"{tmp_path}:mini")
     assert len(names) == 4 and set(labels) == {"a", "b"}
     assert "no folder 'none'" in refused(f"{tmp_path}:none")
+
+
+def test_saved_data_sets_are_told_apart(tmp_path):
+    listings = []
+    for name, count in (("one", 4), ("two", 40)):
+        rows = {"image": [{"bytes": PNG, "path": None}] * count, "label": list(range(count))}
+        datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / name)
+        made = plan(tmp_path / name)
+        listings.append(planning.listing(made, made.choose()))
+        assert made.choose().count == count
+    assert [names for [(names, _)] in listings] == ["data-00000-of-00001.arrow"] * 2
+    assert listings[0] != listings[1]
+
+
+def test_a_name_of_two_splits_is_the_same_everywhere():
+    assert planning.split_of("train_val") == "train_val"  # whatever the order of a set is
+    assert planning.split_of("Validation_matched") == "validation"
 
 
 def test_names_of_images_name_no_split(tmp_path):
@@ -212,7 +235,7 @@ def test_tables_of_splits(tmp_path, pattern):
         else:
             parquet(path, count)
     _, labels, lines = read(tmp_path)
-    assert labels == [0, 1, 2, 3, 4] and "not read here: test 3" in lines
+    assert labels == [0, 1, 2, 3, 4] and "left out: test 3" in lines
     assert plan(tmp_path).choose("test").count == 3
 
 
@@ -401,7 +424,7 @@ def test_every_file_is_used_or_counted(tmp_path_factory, layout):
     told = [line.removeprefix(f"{root}: ").strip() for line in lines.split("\n")]
     numbers = {"read": part.count}
     for line in told:
-        if match := re.match(r"split .*; not read here: (.*)", line):
+        if match := re.match(r"split .*; left out: (.*)", line):
             numbers["splits"] = sum(int(n) for n in re.findall(r" (\d+)(?:,|$)", match[1]))
         if match := re.match(r"(\d+) images? beside .* left out", line):
             numbers["beside"] = int(match[1])
@@ -470,7 +493,7 @@ def test_labels_of_metadata(tmp_path, suffix):
     _, labels, lines = read(tmp_path)
     assert labels == ["ox", "yak", "ox", None]
     assert "1 image without a row in the metadata" in lines
-    assert "1 row of metadata" in lines and "without a file: gone.png" in lines
+    assert "1 row of metadata" in lines and "without an image: gone.png" in lines
     assert "1 of 4 labels is missing in 'kind'" in lines
     rows = [row | {"age": i, "label": 9 + i} for i, row in enumerate(rows)]
     write_metadata(tmp_path / f"metadata.{suffix}", rows)

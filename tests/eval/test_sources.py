@@ -15,7 +15,7 @@ from common.files import read_json
 from eval.encoder import load
 from eval.settings import KNN
 from eval.subjects import subjects
-from tests.common.test_plan import classes, parquet, put
+from tests.common.test_plan import classes, parquet, png, put
 from tests.eval.harness import save_run
 from tests.helpers import evaluate, pretrain
 
@@ -66,7 +66,7 @@ def test_a_test_split_without_labels_names_the_flag_that_helps(tmp_path, judged,
     classes(tmp_path / "d" / "holdout", "cat", "dog", count=2)
     row, said = judged(tmp_path / "d", "--split", "train", "--test-split", "holdout")
     assert (row["train_images"], row["test_images"]) == (12, 4)
-    assert "split train 12, holdout 4; not read here: test 4" in said
+    assert "split train 12, holdout 4; others: test 4" in said
     assert "is what is trained on" in refused(
         judged, capsys, tmp_path / "d", "--split", "train", "--test-split", "train"
     )
@@ -89,6 +89,46 @@ def test_a_split_without_labels_gives_way_to_train(tmp_path, judged):
     row, said = judged(tmp_path / "d", split="unlabeled")
     assert (row["train_images"], row["test_images"]) == (6, 2)
     assert "unlabeled has no labels: train is judged with in its place" in said
+
+
+def test_features_are_those_of_the_rule_by_which_pixels_are_read(tmp_path, judged):
+    for i in range(16):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+        pixels[:, i % 2 * 8 :, 3] = 255 * (i % 2)
+        pixels[:8, :, 3] = 255
+        (tmp_path / "d" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "d" / "ab"[i % 2] / f"{i}.png")
+    run = save_run(tmp_path / "run", data=str(tmp_path / "d"))
+    keys = set()
+    for alpha in ("white", "drop"):
+        [subject] = subjects(KNN(run=str(run), alpha=alpha))
+        subject.features(subject.splits()[0])
+        keys |= {path.name for path in (run / "features").iterdir()}
+        assert len(keys) == (1 if alpha == "white" else 2)
+
+
+def test_another_source_of_the_same_names_is_not_the_runs(tmp_path):
+    classes(tmp_path / "one", "a", "b", count=6)
+    classes(tmp_path / "two", "a", "b", count=6)
+    put(tmp_path / "two", "a/0.png", content=png(5) + b"another size")
+    words = f"demo --data {tmp_path}/one --out {tmp_path}/run --image-size 16 --batch-size 6"
+    pretrain(
+        "simclr", *words.split(), *["--epochs", "1", "--warmup-epochs", "0", "--knn-every", "0"]
+    )
+    for data in ("one", "two"):
+        evaluate(eval.knn, tmp_path / "run", "--data", tmp_path / data, "--k", "3")
+    names = sorted(path.name for path in (tmp_path / "run" / "results").iterdir())
+    assert len(names) == 2 and ["-on-" in name for name in names].count(True) == 1
+
+
+def test_all_splits_leave_none_to_test_on(tmp_path, judged, capsys):
+    classes(tmp_path / "d", "train/a", "train/b", "test/a", "test/b", count=3)
+    row, _ = judged(tmp_path / "d", split="all")
+    assert row["train_images"] == 12 and row["deviations"] == [
+        "each training image left out in turn"
+    ]
+    said = refused(judged, capsys, tmp_path / "d", "--test-split", "test")
+    assert "--split all trains on it too" in said
 
 
 def test_images_that_were_moved_are_the_runs(tmp_path, capsys):
