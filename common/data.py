@@ -349,7 +349,7 @@ def open_split(plan: Plan, split: str, classes: tuple[str, ...] | None = None) -
             f"demo {part.name}", pixels, labels, demo.CLASSES, store=pixels, plan=plan, part=part
         )
     encoded: Any = part.paths
-    if part.table is None or part.table.local:
+    if part.local:
         plan.reading  # noqa: B018  before the table is copied, if it cannot be read
     if part.table is not None:
         encoded = cells_of(plan, part.table)

@@ -86,8 +86,7 @@ def classes_of(plan: Plan, part: Part) -> str:
 
 def labels_of(plan: Plan, part: Part) -> Labels | None:
     """The labels of a split; None where they are not on this disk, or are the demo's."""
-    here = plan.kind == "folder" or (part.table is not None and part.table.local)
-    return plan.labels(part) if here else None
+    return plan.labels(part) if part.local else None
 
 
 def kinds_of(plan: Plan) -> dict[str, str]:

@@ -81,6 +81,11 @@ class Part:
     base: str = ""  # the folder above the class folders
     joined: bool = False  # whether it is all splits together
 
+    @property
+    def local(self) -> bool:
+        """Whether its images are files on this disk, and not drawn or still on the Hub."""
+        return self.table.local if self.table else bool(self.paths)
+
 
 @dataclass
 class Labels:
@@ -328,7 +333,7 @@ class Plan:
             paths = sorted(path for part in parts for path in part.paths)
             yield from (paths[i] for i in evenly(len(paths), SAMPLE))
         for part in parts if self.kind != "folder" else ():
-            if part.table is not None and part.table.local:
+            if part.table is not None and part.local:
                 column = tables.image_column(part.table, self.source, self.how.image_column)
                 yield from part.table.sample(column, -(-SAMPLE // len(parts)))
 
@@ -344,7 +349,7 @@ class Plan:
             out = f"; {word}: {numbers_of(rest)}" if rest else ""
             lines.append(f"split {numbers_of(parts)}{out}")
         for part in parts:
-            if self.kind == "folder" or (part.table is not None and part.table.local):
+            if part.local:
                 labels = self.labels(part)
                 several = len(parts) > 1
                 lines += [f"{part.name}: {note}" if several else note for note in labels.notes]
@@ -367,7 +372,7 @@ class Plan:
 
     def record(self, part: Part) -> dict[str, Any]:
         """The plan as JSON has it."""
-        labels = self.labels(part) if self.kind not in ("hub", "demo") else Labels(None)
+        labels = self.labels(part) if part.local else Labels(None)
         counts = Counter(str(v) for v in labels.values or () if not isinstance(v, list))
         return {
             "source": printable(self.source),
