@@ -149,18 +149,13 @@ def test_a_setting_that_is_not_known_is_refused_by_name(refuse, tmp_path):
         refuse(method="moco", old={"queue_size": 4})  # what matters is said
 
 
-@dataclass(frozen=True)
-class Meaning(RunConfig):
-    split: str = config.fixed("", means="train")
-
-
 def test_a_value_that_stands_for_another(refuse):
     for split in ("", "train"):
-        refuse(run_cfg=Meaning(split=split), old={"split": "train"})
-        refuse(run_cfg=Meaning(split=split), old={"split": ""})
-        refuse(run_cfg=Meaning(split=split), without=("split",))
+        refuse(run_cfg=RunConfig(split=split), old={"split": "train"})
+        refuse(run_cfg=RunConfig(split=split), old={"split": ""})
+        refuse(run_cfg=RunConfig(split=split), without=("split",))
         with pytest.raises(UserError, match=rf"split 'test' \(now '{split}'\)"):
-            refuse(run_cfg=Meaning(split=split), old={"split": "test"})
+            refuse(run_cfg=RunConfig(split=split), old={"split": "test"})
 
 
 def test_images_that_were_moved_are_not_refused_here(refuse):

@@ -91,6 +91,27 @@ def test_a_split_without_labels_gives_way_to_train(tmp_path, judged):
     assert "unlabeled has no labels: train is judged with in its place" in said
 
 
+def test_a_relative_source_is_found_from_another_folder_and_never_asked_of_the_hub(
+    tmp_path, monkeypatch
+):
+    def asked(*args, **more):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("common.tables.of_hub", asked)
+    classes(tmp_path / "pics" / "birds", "a", "b", count=6)  # of the form of an id of the Hub
+    monkeypatch.chdir(tmp_path)
+    words = "demo --data pics/birds --out run --image-size 16 --batch-size 6 --epochs 1"
+    pretrain("simclr", *words.split(), *["--warmup-epochs", "0", "--knn-every", "0"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluate(eval.knn, "../run", "--k", "3")
+    [path] = (tmp_path / "run" / "results").iterdir()
+    assert read_json(path)["train_images"] == 12
+    shutil.rmtree(tmp_path / "pics")
+    with pytest.raises(SystemExit):
+        evaluate(eval.knn, "../run", "--k", "3")
+
+
 def test_features_are_those_of_the_rule_by_which_pixels_are_read(tmp_path, judged):
     for i in range(16):
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 4), dtype=np.uint8)
