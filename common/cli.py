@@ -71,8 +71,8 @@ def parse(
     try:
         check_source(cfg.data)  # type: ignore[attr-defined]
     except UserError as error:
-        if (Path(run_cfg.out) / "config.json").exists():
-            raise UserError(f"{error}; if it was moved, --data NEW goes on with the run") from error
+        if config.data_of(Path(run_cfg.out)) == cfg.data:  # type: ignore[attr-defined]
+            raise UserError(f"{error}; --data NEW goes on where the images are now") from error
         raise
     if Path(run_cfg.out).is_file():
         raise UserError(f"--out {run_cfg.out}: a file; give a folder")

@@ -215,6 +215,14 @@ def refuse_other(
         )
 
 
+def data_of(folder: Path) -> Any:
+    """The source of the run in a folder; None where there is none."""
+    path = folder / "config.json"
+    record = read_json(path) if path.exists() else None
+    settings = record.get("config") if isinstance(record, dict) else None
+    return settings.get("data") if isinstance(settings, dict) else None
+
+
 def default_of(field: dataclasses.Field) -> Any:
     """The default of a field, as JSON has it; None where it has none."""
     made = field.default

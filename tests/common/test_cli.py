@@ -60,6 +60,12 @@ def small(method, *argv):
     return partial(pretrain, method, "demo", "--batch-size", 4, "--out", "run", *argv)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """Where no demo has been run, whose folder is the default of --out."""
+    monkeypatch.chdir(tmp_path)
+
+
 # ---- settings ------------------------------------------------------------------------------------
 
 
@@ -390,6 +396,9 @@ def test_ctrl_c_while_modules_are_imported(imported, command, tmp_path):
         capture_output=True,
         text=True,
         timeout=60,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a background job ignores it
     )
     assert done.returncode in (130, -signal.SIGINT)
     assert done.stderr == ("\nstopped by SIGINT\n" if done.returncode == 130 else "")

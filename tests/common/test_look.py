@@ -121,6 +121,11 @@ def test_a_run_goes_on_where_its_images_are_and_nowhere_else(tmp_path, capsys, m
     shutil.copytree("one", "two")
     pretrain("simclr", *flags("two/d", "run"))
     assert "the images of this run, now at" in capsys.readouterr().err
+    shutil.move("two", "three")
+    with pytest.raises(SystemExit):
+        pretrain("simclr", *flags(tmp_path / "two" / "d", "run"))
+    assert "--data NEW goes on where the images are now" in capsys.readouterr().err
+    shutil.move("three", "two")
     put(tmp_path / "two" / "d", "cat/3.png", content=png(1) + b"more")
     (tmp_path / "two" / "d" / "dog" / "1.png").rename(tmp_path / "two" / "d" / "dog" / "x.png")
     with pytest.raises(SystemExit):
