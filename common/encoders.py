@@ -2,21 +2,31 @@
 
     demo                                a small CNN for the embedded images
     resnet18, resnet50, resnext50_32x4d, wide_resnet50_2, ...      torchvision's ResNets
-    resnet18-cifar                      the same with a 3x3 stem of stride 1 and no max-pooling
+    resnet50x2                          twice as wide in every layer
+    resnet50-sk                         with selective kernels and a ResNet-D stem (SimCLR v2)
+    resnet50-simclr                     padded as in SimCLR's official code
+    resnet50-byol                       padded as in BYOL's official code
+    resnet18-cifar                      with a 3x3 stem of stride 1 and no max-pooling
     timm:NAME                           any network of timm (`pip install -e '.[timm]'`)
 
-The same name stands in an exported encoder. A network of your own is one more line in `build`.
+The parts of a ResNet's name are combined in this order: `resnet152x3-sk-simclr-cifar`. The same
+name stands in an exported encoder, for padding is part of the function: at even sizes "SAME" of
+TensorFlow and Haiku pads a strided layer less before than after, torchvision pads both sides alike.
+A network of your own is one more line in `build`.
 """
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from common.cli import require
 from common.errors import UserError, first_line
@@ -24,11 +34,61 @@ from common.errors import UserError, first_line
 CIFAR = "-cifar"  # the end of the name of a ResNet with CIFAR's stem
 PREFIXES = ("resnet", "resnext", "wide_resnet")
 RESNETS = tuple(n for n in torchvision.models.list_models() if n.startswith(PREFIXES))
+BLOCKS: dict[str, tuple[type, list[int]]] = {  # of the ResNets that have variants
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+    "resnet200": (Bottleneck, [3, 24, 36, 3]),
+}
+NAME = re.compile(
+    r"(?P<arch>[a-z]\w*?)(x(?P<width>[2-4]))?(?P<sk>-sk)?(-(?P<padding>simclr|byol))?(?P<cifar>-cifar)?"
+)
+
+
+@dataclass(frozen=True)
+class ResNet:
+    """What the name of a ResNet says; `str()` of it is the name."""
+
+    arch: str  # torchvision's name, or resnet200
+    width: int = 1  # of every layer, as a multiple
+    sk: bool = False  # selective kernels, and ResNet-D's stem and shortcuts
+    padding: str = ""  # simclr or byol: of the official code; "": torchvision's
+    cifar: bool = False  # a 3x3 stem of stride 1, no max-pooling
+
+    def __str__(self) -> str:
+        width = f"x{self.width}" if self.width > 1 else ""
+        padding = f"-{self.padding}" if self.padding else ""
+        return self.arch + width + "-sk" * self.sk + padding + CIFAR * self.cifar
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is torchvision's, apart from the stem."""
+        return self == ResNet(self.arch, cifar=self.cifar) and self.arch in RESNETS
+
+
+def parse(name: str) -> ResNet | None:
+    """The parts of a ResNet's name; None where there is no such ResNet."""
+    found = NAME.fullmatch(name)
+    if not found:
+        return None
+    parts = found.groupdict()
+    resnet = ResNet(
+        parts["arch"],
+        int(parts["width"] or 1),
+        bool(parts["sk"]),
+        parts["padding"] or "",
+        bool(parts["cifar"]),
+    )
+    if resnet.arch not in BLOCKS and not resnet.plain:
+        return None
+    return None if resnet.sk and BLOCKS[resnet.arch][0] is BasicBlock else resnet
 
 
 def full_name(arch: str, stem: str = "imagenet") -> str:
     """The name of a network whose stem is given apart: resnet18 and cifar are resnet18-cifar."""
-    return arch + CIFAR if stem == "cifar" and arch in RESNETS else arch
+    return arch + CIFAR if stem == "cifar" and parse(arch + CIFAR) else arch
 
 
 def keeps_its_weights(name: str) -> bool:
@@ -36,14 +96,14 @@ def keeps_its_weights(name: str) -> bool:
 
     Torchvision's ResNets and the demo network get those of the official code in SimCLR and BYOL.
     """
-    return name != "demo" and name.removesuffix(CIFAR) not in RESNETS
+    return name != "demo" and parse(name) is None
 
 
 def build(name: str, channels: int = 3, image_size: int | None = None) -> nn.Module:
     """A network from (B, channels, H, W) images to (B, num_features) features.
 
-    ResNets have torchvision's key names. Their initial weights, as those of timm's networks, are
-    their library's own.
+    ResNets have torchvision's key names, those with selective kernels some more. Their initial
+    weights, as those of timm's networks, are their library's own.
 
     Args:
         image_size: pixels, height and width, that the network must be able to take; networks that
@@ -53,15 +113,15 @@ def build(name: str, channels: int = 3, image_size: int | None = None) -> nn.Mod
         UserError: no such network; the package of an extra is missing; images of that size are too
             small or do not fit.
     """
-    arch = name.removesuffix(CIFAR)
     if name == "demo":
         network: nn.Module = DemoEncoder(channels)
     elif name.startswith("timm:"):
         network = _build_timm(name.removeprefix("timm:"), channels, image_size)
-    elif arch in RESNETS:
-        network = _build_resnet(arch, channels, name.endswith(CIFAR))
+    elif resnet := parse(name):
+        network = _build_resnet(resnet, channels)
     else:
-        known = f"demo, {', '.join(RESNETS)} (each also with {CIFAR}), timm:NAME"
+        variants = f"{', '.join(BLOCKS)} also with x2 to x4, -sk, -simclr or -byol"
+        known = f"demo, {', '.join(RESNETS)} ({variants}; each also with {CIFAR}), timm:NAME"
         raise UserError(f"{name[:80]}: no such network; there are {known}")
     width = output_width(network, channels, image_size or 224, name)
     network.num_features = width  # type: ignore[assignment]
@@ -102,15 +162,142 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _build_resnet(arch: str, channels: int, cifar: bool) -> nn.Module:
-    network = getattr(torchvision.models, arch)(weights=None)
+def _build_resnet(name: ResNet, channels: int) -> nn.Module:
+    network: Any
+    if name.plain:
+        network = getattr(torchvision.models, name.arch)(weights=None)
+    else:
+        network = VariantResNet(*BLOCKS[name.arch], name)
     network.fc = nn.Identity()
-    if cifar:
-        network.conv1 = nn.Conv2d(channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    stem = network.bn1.num_features
+    if name.cifar:
+        network.conv1 = nn.Conv2d(channels, stem, kernel_size=3, stride=1, padding=1, bias=False)
         network.maxpool = nn.Identity()
-    elif channels != 3:
-        network.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    elif name.sk:
+        network.conv1 = _resnet_d_stem(channels, stem)
+    elif channels != 3 or stem != 64:
+        network.conv1 = nn.Conv2d(channels, stem, kernel_size=7, stride=2, padding=3, bias=False)
+    if name.padding and not name.cifar:
+        network.maxpool = SameMaxPool2d()
+    if name.padding == "byol":  # as Haiku does; at stride 1 there is no difference
+        for module in network.modules():
+            if type(module) is nn.Conv2d and module.stride[0] > 1 and module.kernel_size[0] > 1:
+                module.__class__ = SameConv2d
     return network
+
+
+class VariantResNet(torchvision.models.ResNet):
+    """Torchvision's ResNet with other widths, blocks and shortcuts, by `name`; see the module.
+
+    Without the stem's convolution, which `build` puts in.
+    """
+
+    def __init__(self, block: Any, layers: list[int], name: ResNet) -> None:
+        self.name = name
+        super().__init__(block, layers)
+        # CODE: SimCLR's stem widens as all layers do (tf2/resnet.py), Haiku's has 64 channels.
+        self.bn1 = nn.BatchNorm2d(self._stem_width())
+
+    def _stem_width(self) -> int:
+        return 64 if self.name.padding == "byol" else 64 * self.name.width
+
+    def _make_layer(
+        self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False
+    ) -> nn.Sequential:
+        first_group = planes == 64
+        if first_group:
+            self.inplanes = self._stem_width()
+        inputs = self.inplanes
+        layer = super()._make_layer(block, planes * self.name.width, blocks, stride, dilate)
+        # CODE: both official ResNets project the first shortcut of every group, so that of
+        # ResNet-18 and 34 has one more convolution than torchvision's.
+        if (first_group and self.name.padding) or self.name.sk:
+            shortcut: list[nn.Module] = []
+            if self.name.sk:
+                shortcut = _resnet_d_pool(stride)
+            conv = nn.Conv2d(inputs, self.inplanes, 1, 1 if self.name.sk else stride, bias=False)
+            layer[0].downsample = nn.Sequential(*shortcut, conv, nn.BatchNorm2d(self.inplanes))
+        if self.name.sk:
+            for place, module in enumerate(layer):
+                width = planes * self.name.width
+                module.conv2 = SelectiveKernel(width, stride if place == 0 else 1)
+                module.bn2 = nn.Identity()  # the selective kernel has its own
+        return layer
+
+
+def _resnet_d_stem(channels: int, width: int) -> nn.Sequential:
+    """Three 3x3 convolutions in place of one of 7x7 (arXiv 1812.01187; SimCLR tf2/resnet.py)."""
+    half = width // 2
+    layers: list[nn.Module] = []
+    for before, after, stride in ((channels, half, 2), (half, half, 1)):
+        layers += [nn.Conv2d(before, after, 3, stride, padding=1, bias=False)]
+        layers += [nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Conv2d(half, width, 3, padding=1, bias=False))
+
+
+def _resnet_d_pool(stride: int) -> list[nn.Module]:
+    """Average 2x2 positions in front of a projection (arXiv 1812.01187).
+
+    CODE: SimCLR pads by zeros, which count, before a pool of stride 2; one of stride 1 is "SAME" of
+    TensorFlow, which averages over the positions that are there: as if the last were repeated.
+    """
+    pad = nn.ZeroPad2d((0, 1, 0, 1)) if stride > 1 else nn.ReplicationPad2d((0, 1, 0, 1))
+    return [pad, nn.AvgPool2d(2, stride)]
+
+
+class SelectiveKernel(nn.Module):
+    """Two streams of 3x3 convolutions, mixed by a softmax for each channel (arXiv 1903.06586).
+
+    As in SimCLR's official code (`SK_Conv2D`, tf2/resnet.py): both kernels are 3x3, the bottleneck
+    has 1/16 of the channels (`sk_ratio` 0.0625 of every published network), at least 32.
+
+    (B, C, H, W) to (B, C, H / stride, W / stride).
+    """
+
+    def __init__(self, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        hidden = max(channels // 16, 32)
+        self.conv = nn.Conv2d(channels, 2 * channels, 3, stride, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(2 * channels)
+        self.reduce = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.reduce_bn = nn.BatchNorm2d(hidden)
+        self.select = nn.Conv2d(hidden, 2 * channels, 1, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        streams = F.relu(self.bn(self.conv(images))).unflatten(1, (2, -1))  # (B, 2, C, H, W)
+        pooled = streams.sum(1).mean((2, 3), keepdim=True)
+        scores = self.select(F.relu(self.reduce_bn(self.reduce(pooled))))
+        return (streams * scores.unflatten(1, (2, -1)).softmax(1)).sum(1)
+
+
+def pad_same(images: Tensor, kernel: int, stride: int) -> Tensor:
+    """Zeros around (B, C, H, W) images for ceil(H / stride) outputs, one more after than before.
+
+    That is "SAME" of TensorFlow and Haiku, for a kernel not smaller than its stride.
+    """
+    sides = []
+    for size in (images.shape[3], images.shape[2]):
+        total = (size + stride - 1) // stride * stride - stride + kernel - size
+        sides += [total // 2, total - total // 2]
+    return F.pad(images, sides)
+
+
+class SameConv2d(nn.Conv2d):
+    """A square convolution padded as "SAME", whatever `padding` says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        padded = pad_same(input, self.kernel_size[0], self.stride[0])
+        return F.conv2d(padded, self.weight, self.bias, self.stride)
+
+
+class SameMaxPool2d(nn.Module):
+    """3x3 max-pooling of stride 2, padded as "SAME".
+
+    Its input is not negative, so that zeros change no maximum.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.max_pool2d(pad_same(images, kernel=3, stride=2), kernel_size=3, stride=2)
 
 
 def _build_timm(name: str, channels: int, image_size: int | None) -> nn.Module:
