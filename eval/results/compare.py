@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from common.encoders import CIFAR
+from common import encoders
 from common.errors import printable
 from common.layout import is_whole
 from eval.results.published import DATA, PUBLISHED, SOURCES, Published, data_set
@@ -34,7 +34,6 @@ from eval.results.record import (
 Table = list[list[str]]
 FLOOR, CEILING = ("raw pixels", "random encoder"), "supervised baseline"
 GREYS = {"raw pixels": "#d5d5d5", "random encoder": "#a8a8a8", CEILING: "#5f5f5f"}
-NETWORKS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "demo": "small demo CNN"}
 TASKS = ("knn", "linear", "finetune", "transfer")
 # settings that are no part of what tells runs apart, or are in words anyway
 NO_SETTING = FREE | {"seed", "published"}
@@ -176,9 +175,22 @@ def data_title(source: str) -> str:
 
 def network_title(encoder: str | None) -> str:
     """ResNet-18 with a CIFAR stem, small demo CNN, timm:NAME."""
-    arch = (encoder or "none").removesuffix(CIFAR)
-    stem = f" with {'a CIFAR' if encoder != arch else 'an ImageNet'} stem"
-    return NETWORKS.get(arch, arch) + (stem if arch.startswith("resnet") else "")
+    resnet = encoders.parse(encoder or "")
+    if not resnet:
+        return network_name(encoder)
+    stem = f" with {'a CIFAR' if resnet.cifar else 'an ImageNet'} stem"
+    padding = {"simclr": ", padded as SimCLR's", "byol": ", padded as BYOL's", "": ""}
+    return network_name(encoder) + stem + padding[resnet.padding]
+
+
+def network_name(encoder: str | None) -> str:
+    """The same without stem and padding, as published rows name it: ResNet-152 (3x, SK)."""
+    resnet = encoders.parse(encoder or "")
+    if not resnet:
+        return "small demo CNN" if encoder == "demo" else encoder or "none"
+    more = ", ".join([f"{resnet.width}x"] * (resnet.width > 1) + ["SK"] * resnet.sk)
+    arch = resnet.arch.replace("resnet", "ResNet-") if resnet.arch in encoders.BLOCKS else resnet.arch
+    return arch + (f" ({more})" if more else "")
 
 
 # ---- published figures ---------------------------------------------------------------------------
@@ -213,10 +225,11 @@ def differences(result: Result, published: Published) -> list[str]:
         lines.append(f"{plural(epochs, 'epoch')}, not {published.epochs}")
     if run.get("batch_size") != published.batch_size:
         lines.append(f"batch {run.get('batch_size')}, not {published.batch_size}")
-    arch = (result.encoder or "").removesuffix(CIFAR)
-    if NETWORKS.get(arch) != published.network:
-        lines.append(f"{NETWORKS.get(arch, arch)}, not {published.network}")
-    if published.data == "cifar10" and not published.pretrained and arch == result.encoder:
+    if network_name(result.encoder) != published.network:
+        lines.append(f"{network_name(result.encoder)}, not {published.network}")
+    resnet = encoders.parse(result.encoder or "")
+    cifar = resnet.cifar if resnet else False
+    if published.data == "cifar10" and not published.pretrained and not cifar:
         lines.append("ImageNet stem")
     for key, value in published.variant.items():
         if run.get(key) != value:
@@ -232,7 +245,9 @@ def notes(result: Result, published: Published) -> list[str]:
     few = result.settings.get("label_percent", 100) < 100
     official = result.settings.get("subset") and result.train_images in OFFICIAL_LISTS
     # SimCLR's and Haiku's ResNet-18 have one there (S resnet.py:516-520), torchvision's has none
-    shortcut = published.network == "ResNet-18" and published.source in ("README-S", "README-B")
+    resnet = encoders.parse(result.encoder or "")
+    official_code = published.source in ("README-S", "README-B") and resnet and not resnet.padding
+    shortcut = published.network == "ResNet-18" and official_code
     conditions = {
         "JPEG copy of the data": "jpeg" in name or "jpg" in name,
         "not the official list of labels": few and not official,
