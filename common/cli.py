@@ -95,7 +95,8 @@ def parse_settings(kind: type[C], argv: Sequence[str], prog: str, description: s
     except ValueError as error:
         raise UserError(str(error)) from error
     for target in (getattr(settings, "run", ""), *getattr(settings, "runs", ())):
-        if target and not Path(target).exists():
+        checkpoint = Path(f"{target}.index")  # TensorFlow's, whose files are named without endings
+        if target and not Path(target).exists() and not checkpoint.exists():
             raise UserError(f"{target}: no such file; a run writes it at its first checkpoint")
     sources = getattr(settings, "data", "")
     for source in (sources,) if isinstance(sources, str) else sources:
@@ -189,14 +190,18 @@ def check_eval() -> None:
         raise UserError(f"eval: {where}; {way_out} (under a launcher: PYTHONSAFEPATH=1)")
 
 
+EXPORT = ("huggingface_hub", "onnx", "onnxruntime", "onnxscript", "transformers")
+
+
 def require(package: str) -> None:
-    """Refuse to go on without the package of the extra of the same name.
+    """Refuse to go on without a package of an extra, which has its name but for those of EXPORT.
 
     Raises:
         UserError: it is not installed.
     """
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"{package} is not installed; pip install -e '.[{package}]'")
+        extra = "export" if package in EXPORT else package
+        raise UserError(f"{package} is not installed; pip install -e '.[{extra}]'")
 
 
 def check_source(source: str) -> None:
@@ -300,8 +305,9 @@ def expanded(path: str) -> str:
 
 
 def file_expanded(weights: str) -> str:
-    name, equals, file = weights.partition("=")
-    return f"{name}={expanded(file)}" if equals else weights
+    """The value of `--weights`, in which `torchvision:NAME=FILE`, `hf:DIR` and FILE have a path."""
+    before, file = re.fullmatch(r"(hf:|[\w.]+:[\w.]+=|)(.*)", weights, re.DOTALL).groups()  # type: ignore[union-attr]
+    return before + expanded(file)
 
 
 def refuse_empty(kind: type, argv: Sequence[str]) -> None:

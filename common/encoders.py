@@ -195,18 +195,14 @@ class VariantResNet(torchvision.models.ResNet):
     def __init__(self, block: Any, layers: list[int], name: ResNet) -> None:
         self.name = name
         super().__init__(block, layers)
-        # CODE: SimCLR's stem widens as all layers do (tf2/resnet.py), Haiku's has 64 channels.
-        self.bn1 = nn.BatchNorm2d(self._stem_width())
-
-    def _stem_width(self) -> int:
-        return 64 if self.name.padding == "byol" else 64 * self.name.width
+        self.bn1 = nn.BatchNorm2d(64 * name.width)
 
     def _make_layer(
         self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False
     ) -> nn.Sequential:
         first_group = planes == 64
         if first_group:
-            self.inplanes = self._stem_width()
+            self.inplanes = 64 * self.name.width
         inputs = self.inplanes
         layer = super()._make_layer(block, planes * self.name.width, blocks, stride, dilate)
         # CODE: both official ResNets project the first shortcut of every group, so that of

@@ -1,17 +1,21 @@
 """Encoders to judge: an exported run, torchvision's weights, or a baseline that learned nothing.
 
     RUN, RUN/encoder.safetensors              what a method exported
+    FILE                                      a checkpoint of the papers' authors; eval/weights/
     random                                    RUN's network at random initial weights
     pixels                                    no network: the pixels at RUN's input size
     random:NAME                               any network of common/encoders.py, without a RUN
     torchvision:resnet50[=FILE]               torchvision's weights, or a local state dict of its
+    timm:NAME                                 timm's weights
+    hf:owner/name, hf:DIR                     a model of the Hub, or a folder that holds one
 
-The file's metadata says how to build the network; no method is imported.
+The file's metadata says how to build the network; no method is imported. Nothing in a file is run.
 """
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,53 +86,105 @@ def export_metadata(
     return network_metadata | {"input": asdict(preprocess), "published": published}
 
 
-def load(target: str, weights: str = "", layer: int = 0) -> Encoder:
-    """The encoder of a run (a folder or a file), or `weights` instead of it.
+WEIGHTS = "random, pixels, random:NAME, torchvision:NAME[=FILE], timm:NAME, hf:owner/name, FILE"
+WITHOUT_RUN = ("random:", "torchvision:", "timm:", "hf:")
+
+
+def load_encoder(path: str | Path, weights: str = "", layer: int = 0) -> Encoder:
+    """The encoder of a run or a file, in evaluation mode, or `weights` instead of it.
+
+    The network is built as the file says, and every tensor of it is checked: none may be missing,
+    left over, or of another shape.
 
     Args:
+        path: of a run's folder, an exported encoder, or a checkpoint of the papers' authors.
+        weights: see the module.
         layer: 0 is the representation h; k the head's k-th hidden layer after its ReLU; -1 the
             head's output.
 
     Raises:
-        UserError: there is no such run or file, it is not an exported encoder, or its head has no
-            such layer.
+        UserError: there is no such run or file, it holds no encoder, or its head has no such layer.
     """
+    if weights.startswith(WITHOUT_RUN):
+        if layer:
+            raise UserError(f"--layer {layer}: --weights {weights} has no head")
+        return by_name(weights)
+    if weights and weights not in ("random", "pixels"):
+        if not is_file(Path(weights).expanduser()):
+            raise UserError(f"--weights {weights}: no such file, and not one of {WEIGHTS}")
+        return replace(load_encoder(Path(weights).expanduser(), layer=layer), name=weights)
     if layer and weights:
         raise UserError(f"--layer {layer}: --weights {weights} has no head")
-    if weights.startswith(("random:", "torchvision:")):
-        return by_name(weights)
-    if not target:
-        raise UserError("say which RUN to judge, or --weights random:NAME or torchvision:NAME")
-    path = Path(target)
-    path = path / "encoder.safetensors" if path.is_dir() else path
+    if not path:
+        raise UserError(f"say which RUN to judge, or --weights: {WEIGHTS}")
+    encoder = read_encoder(Path(path), layer)
+    if weights == "pixels":
+        encoder.network = Pixels().eval()
+    if weights == "random":
+        encoder.network = build_seeded(encoder.metadata, encoder.input)
+    return replace(encoder, name=weights or "encoder")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there may be an encoder at a path."""
+    from eval.weights import tensorflow
+
+    return path.exists() or tensorflow.find(path) is not None
+
+
+def read_encoder(path: Path, layer: int = 0) -> Encoder:
+    """The encoder of a run's folder or a file; see `load_encoder`."""
+    from eval.weights.official import is_official, read_official
+
+    path = exported if (exported := path / "encoder.safetensors").is_file() else path
+    if path.suffix != ".safetensors" and is_official(path):
+        official = read_official(path)
+        tensors = official.tensors
+        tensors |= {f"head.{key}": value for key, value in official.head_tensors.items()}
+        return assembled(official.metadata, tensors, layer, path)
+    path = exported if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run writes it at its first checkpoint")
     try:
         with safe_open(utf8_name(path), framework="pt") as file:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise UserError(f"{path}: not an exported encoder ({first_line(error)})") from error
+    return assembled(metadata, tensors, layer, path)
+
+
+def assembled(
+    metadata: dict[str, Any], tensors: dict[str, Tensor], layer: int, path: Path
+) -> Encoder:
+    """The network that the metadata describes, with the tensors, which must all belong to it."""
+    try:
         preprocess = Preprocess(**metadata["input"])
         if "encoder" not in metadata:  # files of before a network's name included its stem
             metadata["encoder"] = encoders.full_name(metadata["arch"], metadata["stem"])
         check_metadata(metadata, preprocess)
-        network = build(metadata, preprocess)
         prefix = metadata.get("head_prefix", "head.")  # another where the encoder has a `head`
-        body = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
-        network.load_state_dict(body)  # strict: every tensor must belong to the network
+        body = {
+            key: value.float() if value.is_floating_point() else value
+            for key, value in tensors.items()
+            if not key.startswith(prefix)
+        }
+        # On no device, a network takes no memory, whatever a small file asks for; it gets the
+        # file's tensors themselves. Those of timm may have buffers that no file holds.
+        empty = not metadata["encoder"].startswith("timm:")
+        with torch.device("meta") if empty else nullcontext():
+            network = build(metadata, preprocess)
+        network.load_state_dict(body, assign=empty)  # strict: each tensor must have its place
         if layer:
             head = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             network = Cut(network, build_head(metadata["head"], head), layer)
+        for key, value in tensors.items():
+            if not value.isfinite().all():
+                raise UserError(f"{key} has values that are not finite")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:
         raise UserError(f"{path}: not an exported encoder ({first_line(error)})") from error
-    if weights == "pixels":
-        return Encoder(Pixels().eval(), preprocess, "pixels", metadata)
-    if weights == "random":
-        return Encoder(build_seeded(metadata, preprocess), preprocess, "random", metadata)
-    if weights:
-        choices = "random, pixels, random:NAME, torchvision:NAME[=FILE]"
-        raise UserError(f"--weights {weights}: not one of {choices}")
     return Encoder(network.eval(), preprocess, "encoder", metadata, layer)
 
 
@@ -216,11 +272,16 @@ class Cut(nn.Module):
 
 
 def by_name(weights: str) -> Encoder:
-    """`random:NAME` or `torchvision:NAME[=FILE]`, at ImageNet's size and normalisation.
+    """What is named without a run: `random:`, `torchvision:`, `timm:` and `hf:`, see the module.
 
-    FILE is a local state dict with torchvision's key names.
+    Torchvision's and random networks have ImageNet's size and normalisation, the others their own.
     """
     kind, name = weights.split(":", 1)
+    if kind in ("timm", "hf"):
+        from eval.weights.targets import from_hub, timm_repository
+
+        network, preprocess, metadata = from_hub(timm_repository(name) if kind == "timm" else name)
+        return Encoder(network, preprocess, weights, metadata)
     name, _, file = name.partition("=")
     if kind == "torchvision" and name not in encoders.RESNETS:
         raise UserError(f"--weights {weights}: no such torchvision ResNet")

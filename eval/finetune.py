@@ -47,7 +47,7 @@ from common.data import ImageSplit, among, generator, subset
 from common.errors import UserError
 from common.plan import name_of
 from eval.batch_norm import globalize
-from eval.encoder import Cut, Encoder, load
+from eval.encoder import Cut, Encoder, load_encoder
 from eval.knn import accuracy
 from eval.results.record import Result, changed, confidence, record, record_name, settings_of
 from eval.splits import to_choose_on
@@ -431,7 +431,7 @@ def judge(subject: Subject, settings: Settings) -> Result:
 
 
 def main(settings: Settings) -> None:
-    layer = layer_of(load(settings.run, settings.weights), settings)
+    layer = layer_of(load_encoder(settings.run, settings.weights), settings)
     for subject in subjects(settings, layer=layer):
         judge(subject, settings)
 

@@ -5,6 +5,7 @@ evaluations (`eval/__main__.py`). Ranges are checked in `__post_init__`.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -19,8 +20,10 @@ Target = Annotated[str, tyro.conf.Positional]  # given without a flag
 class Judged(SourceConfig):
     """What every evaluation has; how images are read is the run's, where it is not said."""
 
-    run: Target = ""  # a run's folder or an encoder.safetensors
-    weights: str = ""  # judge these instead: random, pixels, random:NAME, torchvision:NAME[=FILE]
+    run: Target = ""  # a run's folder, an encoder.safetensors, or an official checkpoint
+    weights: str = ""
+    """judge these instead: random, pixels, random:NAME, torchvision:NAME[=FILE], timm:NAME,
+    hf:owner/name (or hf:FOLDER), or a FILE"""
     data: str = ""  # images to judge on; default: those of the run
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # of the network; fp32 has TF32 on a GPU
     workers: int = 8  # decoding processes, where the images do not fit in memory
@@ -77,7 +80,8 @@ class Finetune(Tested):
     """Fine-tune an encoder with labels."""
 
     weights: str = ""
-    """start from these instead: random (the supervised baseline), torchvision:NAME[=FILE]"""
+    """start from these instead: random (the supervised baseline), random:NAME,
+    torchvision:NAME[=FILE], timm:NAME, hf:owner/name (or hf:FOLDER), or a FILE"""
     protocol: Literal["", "simclr", "simclr-v2", "byol"] = ""  # default: the method's
     layer: int | None = None  # 0: from the representation; k: from the head's k-th hidden layer
     label_fraction: float = 1.0  # of the training images, balanced over the classes
@@ -131,6 +135,21 @@ class Neighbours(Judged):
 
 
 @dataclass(frozen=True)
+class Import:
+    """Write a checkpoint of the papers' authors as an encoder.safetensors."""
+
+    run: Annotated[Target, tyro.conf.arg(metavar="FILE")] = ""
+    """the checkpoint: a file, a folder, or one of the files of a TensorFlow checkpoint"""
+    out: str = "encoder.safetensors"  # the file to write
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise ValueError("say which FILE to read; --help lists the kinds")
+        if not self.out.endswith(".safetensors"):
+            raise ValueError(f"--out {self.out}: give a file, such as DIR/encoder.safetensors")
+
+
+@dataclass(frozen=True)
 class Compare:
     """Set what was measured beside what was published."""
 
@@ -139,3 +158,33 @@ class Compare:
     report: str = ""  # write a page on the runs, with curves and pictures, into this folder
     keep: str = ""  # copy the runs' results, with their cost, into this folder
     results: str = ""  # a folder of kept results: write RESULTS.md beside it, and nothing else
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write an encoder in the format of another library, and check that it reads it."""
+
+    run: Target = ""  # a run's folder, an encoder.safetensors, or an official checkpoint
+    to: Literal["", "torchvision", "timm", "transformers", "onnx", "pt2", "detectron2"] = ""
+    """the format; docs/export.md says what each can hold"""
+    out: str = ""  # folder to write into; files of the same names are replaced
+    push: str = ""  # also upload to owner/name on the Hub; with --to timm or transformers
+    license: str = "unknown"
+    """of the weights, for the model card: an identifier of the Hub, such as mit or cc-by-4.0"""
+    time: bool = False  # with onnx and pt2: print the median time of 20 runs on one image
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise ValueError("say which RUN to export: a run's folder or an encoder.safetensors")
+        if not self.to:
+            raise ValueError("--to: torchvision, timm, transformers, onnx, pt2 or detectron2")
+        if not self.out.strip():
+            raise ValueError("--out: say into which folder")
+        if self.push and self.to not in ("timm", "transformers"):
+            raise ValueError(f"--push: with --to timm or transformers, not {self.to}")
+        if self.time and self.to not in ("onnx", "pt2"):
+            raise ValueError(f"--time: with --to onnx or pt2, not {self.to}")
+        if self.push and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.push):
+            raise ValueError(f"--push {self.push}: not of the form owner/name")
+        if not re.fullmatch(r"[\w.+-]+", self.license):
+            raise ValueError(f"--license {self.license}: no identifier of a licence")

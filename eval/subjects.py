@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.files import read_json
 from common.launch import launch
 from common.plan import Plan, differences, listing, plan_of
-from eval.encoder import Encoder, Preprocess, load
+from eval.encoder import Encoder, Preprocess, load_encoder
 from eval.features import MEMORY_GB, cached, digest_of, encode
 from eval.processes import place
 from eval.splits import hold_out_fifth, open_labelled, open_validation
@@ -217,8 +217,8 @@ def subjects(
     given, recorded = s.data if source is None else source, config.get("data", "")
     source = given or recorded
     layer = s.layer if layer is None else layer
-    encoders = [load(run, s.weights, layer)]
-    encoders += [load(run, name) for name in getattr(s, "baselines", ())]
+    encoders = [load_encoder(run, s.weights, layer)]
+    encoders += [load_encoder(run, name) for name in getattr(s, "baselines", ())]
     if not source:
         raise UserError("say on which images to judge: --data SOURCE")
     of_run = folder is not None and is_of_run(source, folder, config)

@@ -17,7 +17,7 @@ import eval.linear
 from common import encoders
 from common.plan import plan_of
 from common.run import Run
-from eval.encoder import load
+from eval.encoder import load_encoder
 from eval.features import encode
 from eval.knn import subsample
 from eval.splits import open_labelled
@@ -97,7 +97,7 @@ def test_the_reloaded_encoder_gives_the_same_features(trained):
     assert losses(run).isfinite().all()
     moved = [not torch.equal(v, initial[k]) for k, v in network.state_dict().items()]
     assert sum(moved) > 0.8 * len(moved)
-    images, encoder = subsample(open_labelled(plan_of("demo"))[1], 100), load(str(run))
+    images, encoder = subsample(open_labelled(plan_of("demo"))[1], 100), load_encoder(str(run))
     network = network.eval().to(memory_format=torch.contiguous_format)  # as files have it
     ours, theirs = (
         encode(each, images, encoder.input, progress=False)[0]

@@ -189,7 +189,9 @@ def network_name(encoder: str | None) -> str:
     if not resnet:
         return "small demo CNN" if encoder == "demo" else encoder or "none"
     more = ", ".join([f"{resnet.width}x"] * (resnet.width > 1) + ["SK"] * resnet.sk)
-    arch = resnet.arch.replace("resnet", "ResNet-") if resnet.arch in encoders.BLOCKS else resnet.arch
+    arch = (
+        resnet.arch.replace("resnet", "ResNet-") if resnet.arch in encoders.BLOCKS else resnet.arch
+    )
     return arch + (f" ({more})" if more else "")
 
 

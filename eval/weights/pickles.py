@@ -13,19 +13,20 @@ Python 3.6 or 3.7 by a dill 0.3. Names that those have besides are refused by na
 import contextlib
 import math
 import os
-import pickle
+import pickletools
 import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import IO, Any
 
 import numpy as np
 
 from common.errors import UserError, first_line, printable
 
+OP = SimpleNamespace(**{op.name: op.code.encode("latin-1") for op in pickletools.opcodes})
 PICKLES = [b"\x80" + bytes([protocol]) for protocol in (2, 3, 4, 5)]  # the first bytes
 TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of a file of torch < 1.6
 TREES = ("online_params", "online_state", "target_params", "target_state")
@@ -299,70 +300,70 @@ class Machine:
         stack, read = self.stack, self.source.read
         while True:
             match read(1):
-                case pickle.BINPUT:
+                case OP.BINPUT:
                     self.memo[read(1)[0]] = stack[-1]
-                case pickle.LONG_BINPUT:
+                case OP.LONG_BINPUT:
                     self.memo[number(read(4))] = stack[-1]
-                case pickle.BINGET:
+                case OP.BINGET:
                     stack.append(self.memo[read(1)[0]])
-                case pickle.LONG_BINGET:
+                case OP.LONG_BINGET:
                     stack.append(self.memo[number(read(4))])
-                case pickle.NONE:
+                case OP.NONE:
                     stack.append(None)
-                case pickle.NEWTRUE:
+                case OP.NEWTRUE:
                     stack.append(True)
-                case pickle.NEWFALSE:
+                case OP.NEWFALSE:
                     stack.append(False)
-                case pickle.BININT1:
+                case OP.BININT1:
                     stack.append(read(1)[0])
-                case pickle.BININT2:
+                case OP.BININT2:
                     stack.append(number(read(2)))
-                case pickle.BININT:
+                case OP.BININT:
                     stack.append(number(read(4), signed=True))
-                case pickle.LONG1:
+                case OP.LONG1:
                     stack.append(number(read(read(1)[0]), signed=True))
-                case pickle.BINFLOAT:
+                case OP.BINFLOAT:
                     stack.append(struct.unpack(">d", read(8))[0])
-                case pickle.BINUNICODE:
+                case OP.BINUNICODE:
                     stack.append(text(read(number(read(4)))))
-                case pickle.EMPTY_TUPLE:
+                case OP.EMPTY_TUPLE:
                     stack.append(())
-                case pickle.TUPLE1:
+                case OP.TUPLE1:
                     stack.append((stack.pop(),))
-                case pickle.TUPLE2:
+                case OP.TUPLE2:
                     stack[-2:] = [(stack[-2], stack[-1])]
-                case pickle.TUPLE3:
+                case OP.TUPLE3:
                     stack[-3:] = [(stack[-3], stack[-2], stack[-1])]
-                case pickle.MARK:
+                case OP.MARK:
                     self.marks.append(len(stack))
-                case pickle.TUPLE:
+                case OP.TUPLE:
                     stack.append(tuple(self.since_mark()))
-                case pickle.EMPTY_LIST:
+                case OP.EMPTY_LIST:
                     stack.append([])
-                case pickle.APPEND:
+                case OP.APPEND:
                     self.extend([stack.pop()])
-                case pickle.APPENDS:
+                case OP.APPENDS:
                     self.extend(self.since_mark())
-                case pickle.EMPTY_DICT:
+                case OP.EMPTY_DICT:
                     stack.append({})
-                case pickle.SETITEM:
+                case OP.SETITEM:
                     value, key = stack.pop(), stack.pop()
                     self.update([key, value])
-                case pickle.SETITEMS:
+                case OP.SETITEMS:
                     self.update(self.since_mark())
-                case pickle.GLOBAL:
+                case OP.GLOBAL:
                     stack.append(meaning(self.source.readline(), self.source.readline()))
-                case pickle.REDUCE:
+                case OP.REDUCE:
                     args, function = stack.pop(), stack.pop()
                     stack.append(self.call(function, args))
-                case pickle.NEWOBJ:
+                case OP.NEWOBJ:
                     args, kind = stack.pop(), stack.pop()
                     stack.append(self.make_object(kind, args))
-                case pickle.BUILD:
+                case OP.BUILD:
                     self.set_state(stack.pop())
-                case pickle.POP:
+                case OP.POP:
                     stack.pop()
-                case pickle.STOP:
+                case OP.STOP:
                     return stack.pop()
                 case code:
                     raise ValueError(f"operation {code!r}, which it does not have")

@@ -17,7 +17,7 @@ from common.data import ImageSplit
 from common.errors import UserError
 from common.files import read_json
 from common.run import Run, lock
-from eval.encoder import Preprocess, build_seeded, export_metadata, load
+from eval.encoder import Preprocess, build_seeded, export_metadata, load_encoder
 from tests.helpers import rows
 
 
@@ -270,7 +270,7 @@ def test_an_export_gives_the_same_features_bit_for_bit(make, precision):
     run.open({"model": encoder}, encoder, head, metadata, {})
     run._export(13)
 
-    again = load(str(run.folder))
+    again = load_encoder(str(run.folder))
     images = torch.rand(5, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again.network(images), encoder.eval().float()(images))
@@ -283,4 +283,4 @@ def test_an_export_gives_the_same_features_bit_for_bit(make, precision):
     assert {key for key in kept if key.startswith("head.")} == {"head.0.weight", "head.0.bias"}
     assert {t.dtype for t in kept.values()} == {torch.float32, torch.int64}
     run._export(20)
-    assert load(str(run.folder)).metadata["finished"] is True
+    assert load_encoder(str(run.folder)).metadata["finished"] is True

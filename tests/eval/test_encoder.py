@@ -10,7 +10,7 @@ from common import encoders
 from common.data import Batch, ImageSplit, pad
 from common.errors import UserError
 from eval import encoder as module
-from eval.encoder import Preprocess, build_seeded, load
+from eval.encoder import Preprocess, build_seeded, load_encoder
 from eval.features import extract, prepare
 from tests.eval.harness import save_encoder
 
@@ -28,7 +28,7 @@ def test_an_exported_encoder_comes_back_bit_for_bit(tmp_path, name, size, old):
     arch, stem = name.removesuffix("-cifar"), "cifar" if "cifar" in name else "imagenet"
     changes = {"encoder": None, "channels": None, "norm": None, "arch": arch, "stem": stem}
     path = tmp_path / "encoder.safetensors"
-    ours = load(save_encoder(path, theirs, name, preprocess, **(changes if old else {})))
+    ours = load_encoder(save_encoder(path, theirs, name, preprocess, **(changes if old else {})))
     images = torch.rand(3, 3, size, size)
     with torch.no_grad():
         assert torch.equal(ours.network(images), theirs.eval()(images))
@@ -37,7 +37,7 @@ def test_an_exported_encoder_comes_back_bit_for_bit(tmp_path, name, size, old):
     assert tuple(ours.input.mean) == preprocess.mean and ours.input.size == size
     assert ours.metadata["method"] == "simclr" and ours.metadata["published"] == "some-row"
     assert ours.metadata["encoder"] == name
-    assert load(str(tmp_path)).metadata == ours.metadata  # by its folder
+    assert load_encoder(str(tmp_path)).metadata == ours.metadata  # by its folder
 
 
 def test_stems():
@@ -54,7 +54,7 @@ def test_input_of_cifar_is_not_cropped():
 
 def test_baselines_of_a_run(tmp_path):
     path = save_encoder(tmp_path / "encoder.safetensors", DEMO)
-    random, pixels = load(path, "random"), load(path, "pixels")
+    random, pixels = load_encoder(path, "random"), load_encoder(path, "pixels")
     images = torch.rand(2, 3, 32, 32)
     assert random.name == "random" and pixels.name == "pixels"
     assert torch.equal(pixels.network(images), images.flatten(1))
@@ -62,19 +62,19 @@ def test_baselines_of_a_run(tmp_path):
     again = build_seeded({"encoder": "demo"}, Preprocess.of(32))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(random.network(images), again(images))
-    assert random.input == pixels.input == load(path).input
+    assert random.input == pixels.input == load_encoder(path).input
 
 
 def test_networks_by_name(monkeypatch):
-    encoder = load("", "random:resnet18")
+    encoder = load_encoder("", "random:resnet18")
     assert encoder.input == Preprocess(
         224, interpolation="bilinear", mean=module.IMAGENET_MEAN, std=module.IMAGENET_STD
     )
     assert not encoder.network.training
     with pytest.raises(UserError, match="vgg16: no such network; there are demo, resnet101"):
-        load("", "random:vgg16")
+        load_encoder("", "random:vgg16")
     with pytest.raises(UserError, match="no such torchvision ResNet"):
-        load("", "torchvision:demo")
+        load_encoder("", "torchvision:demo")
 
     def no_network(*args, **kwargs):
         raise OSError("no network")
@@ -82,27 +82,27 @@ def test_networks_by_name(monkeypatch):
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", no_network)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
     with pytest.raises(UserError, match=r"cannot be fetched \(OSError: no network\)"):
-        load("", "torchvision:resnet18")
+        load_encoder("", "torchvision:resnet18")
 
 
 def test_what_is_no_encoder(tmp_path):
     with pytest.raises(UserError, match="say which RUN"):
-        load("")
+        load_encoder("")
     with pytest.raises(UserError, match=r"encoder\.safetensors: no such file; a run writes it"):
-        load(str(tmp_path))
+        load_encoder(str(tmp_path))
     path = tmp_path / "encoder.safetensors"
     path.write_bytes(b"garbage")
     with pytest.raises(UserError, match="not an exported encoder"):
-        load(str(path))
+        load_encoder(str(path))
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(UserError, match="not an exported encoder"):
-        load(str(path))
+        load_encoder(str(path))
     save_encoder(path, DEMO, encoder="no_such_net")
     with pytest.raises(UserError, match="no_such_net"):
-        load(str(path))
+        load_encoder(str(path))
     save_encoder(path, DEMO)
-    with pytest.raises(UserError, match="--weights best: not one of random, pixels"):
-        load(str(path), "best")
+    with pytest.raises(UserError, match="best: no such file, and not one of random, pixels"):
+        load_encoder(str(path), "best")
 
 
 # ---- features ------------------------------------------------------------------------------------
@@ -163,16 +163,16 @@ def test_torchvisions_weights_from_a_file(tmp_path):
     theirs = torchvision.models.resnet18(weights=None)
     path = tmp_path / "resnet18.pth"
     torch.save(theirs.state_dict(), path)
-    ours = load("", f"torchvision:resnet18={path}")
+    ours = load_encoder("", f"torchvision:resnet18={path}")
     assert ours.name == f"torchvision:resnet18={path}" and torch.equal(
         ours.network.conv1.weight, theirs.conv1.weight
     )
     with pytest.raises(UserError, match="not a state dict of resnet34"):
-        load("", f"torchvision:resnet34={path}")
+        load_encoder("", f"torchvision:resnet34={path}")
     with pytest.raises(UserError, match="cannot be read"):
-        load("", f"torchvision:resnet18={tmp_path / 'none.pth'}")
+        load_encoder("", f"torchvision:resnet18={tmp_path / 'none.pth'}")
 
 
 def test_a_layer_of_weights_without_a_head_is_refused():
     with pytest.raises(UserError, match="--layer 2: --weights random:resnet18 has no head"):
-        load("", "random:resnet18", 2)
+        load_encoder("", "random:resnet18", 2)

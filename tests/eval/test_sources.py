@@ -12,7 +12,7 @@ import eval.linear
 import eval.neighbours
 from common.errors import UserError
 from common.files import read_json
-from eval.encoder import load
+from eval.encoder import load_encoder
 from eval.settings import KNN
 from eval.subjects import subjects
 from tests.common.test_plan import classes, parquet, png, put
@@ -192,7 +192,7 @@ def test_the_range_of_values_is_the_encoders(tmp_path, capsys):
         "simclr", *words.split(), *["--epochs", "1", "--warmup-epochs", "0", "--knn-every", "0"]
     )
     assert "read as 12 bits" in capsys.readouterr().err
-    assert load(str(tmp_path / "run")).metadata["value_range"] == [0, 4095]
+    assert load_encoder(str(tmp_path / "run")).metadata["value_range"] == [0, 4095]
 
     def subject_on(folder, **more):
         [subject] = subjects(KNN(run=str(tmp_path / "run"), data=str(tmp_path / folder), **more))

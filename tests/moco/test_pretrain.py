@@ -16,7 +16,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from PIL import Image
 
 from common import encoders
-from eval.encoder import load
+from eval.encoder import load_encoder
 from moco.config import MOCO_V1, RECIPES
 from moco.model import MoCo
 from tests.helpers import (
@@ -137,7 +137,7 @@ def test_the_query_network_is_exported(whole):
     assert about["method"] == "moco" and about["head"] == ["Linear"]
     assert about["input"]["mean"] == [0.4914, 0.4822, 0.4465] and about["finished"] is True
     for layer in (0, -1):
-        encoder = load(str(whole), layer=layer)
+        encoder = load_encoder(str(whole), layer=layer)
         ours = dict(encoder.network.state_dict())
         for key, value in ours.items():
             name = key if layer else f"encoder.{key}"
