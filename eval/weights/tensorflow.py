@@ -231,7 +231,7 @@ class Checkpoint:
         """The bytes of an entry, of which `_check` has seen that they are there."""
         path = self._shard(entry.shard)
         with _reading(path):
-            data = np.fromfile(path, np.uint8, entry.size, offset=entry.offset if entry.size else 0)
+            data = np.fromfile(path, np.uint8, entry.size, offset=entry.offset)
             if data.size != entry.size:
                 raise ValueError(f"it became shorter while {name:.200} was read")
             return data
@@ -435,7 +435,7 @@ def _type_name(dtype: int) -> str:
 
 def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """The (key, value) of a sorted table, whose keys rise strictly."""
-    if len(data) < FOOTER or data[-8:] != MAGIC:
+    if not data.endswith(MAGIC):
         raise ValueError("it does not end as a table of TensorFlow's does")
     footer, at = data[-FOOTER:], 0
     for _ in range(2):  # where another index lies, which nobody uses

@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 
 from common.errors import UserError
-from eval.weights.tensorflow import GRAPH, SLOT, VALUE, Checkpoint, crc32c, find, snappy
+from eval.weights.tensorflow import GRAPH, MAGIC, SLOT, VALUE, Checkpoint, crc32c, find, snappy
 from tests.eval.weights.tf_writer import (
     HEADER,
     assembled,
@@ -180,9 +180,11 @@ def test_names_that_two_variables_have_are_not_merged(tmp_path):
 def test_a_slot_with_its_variables_name_leaves_it_the_name(tmp_path):
     slot_key = f"a{SLOT}optimizer/m{VALUE}"
     slots = [("w", "m", "w", slot_key), ("w", "v", "w", "elsewhere" + VALUE)]
-    checkpoint = graph_checkpoint(tmp_path, [("w", "a" + VALUE)], slots)
+    unreferenced = ("w", f"b{SLOT}optimizer/m{VALUE}")
+    checkpoint = graph_checkpoint(tmp_path, [("w", "a" + VALUE), unreferenced], slots)
     assert checkpoint.read("w") == 0 and not checkpoint.notes
-    assert checkpoint.slots == {slot_key.removesuffix(VALUE), "elsewhere"}
+    paths = {key.removesuffix(VALUE) for key in (slot_key, unreferenced[1])}
+    assert checkpoint.slots == {*paths, "elsewhere"}
     assert checkpoint.slots | {"w"} == checkpoint.names.keys()
 
 
@@ -398,7 +400,7 @@ OVERLAPPING = {  # an index whose handles point at the same block, at parts of i
 def overlapping(name):
     index = sealed(block([(b"w", OVERLAPPING["twice"]), (b"z", OVERLAPPING[name])]))
     footer = varint(0) + varint(0) + varint(len(ONE)) + varint(len(index) - 5)
-    return ONE + index + footer.ljust(40, b"\0") + bytes.fromhex("57fb808b247547db")
+    return ONE + index + footer.ljust(40, b"\0") + MAGIC
 
 
 @pytest.mark.parametrize(
@@ -406,8 +408,10 @@ def overlapping(name):
     [
         (b"", "does not end as a table"),
         (b"x" * 1_000, "does not end as a table"),
-        (b"\0" * 40 + bytes.fromhex("57fb808b247547db"), "behind the file"),
-        (b"\xff" * 40 + bytes.fromhex("57fb808b247547db"), "does not end"),
+        (MAGIC, "behind the file"),
+        (b"\0" * 8 + MAGIC, "behind the file"),
+        (b"\0" * 40 + MAGIC, "behind the file"),
+        (b"\xff" * 40 + MAGIC, "does not end"),
         (table([(b"w", SCALAR)]), "not the header"),
         (table([]), "not the header"),
         (table([(b"", b"\x08\x01\x10\x01")]), "big-endian"),
