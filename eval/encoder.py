@@ -199,7 +199,8 @@ def check_metadata(metadata: dict[str, Any], preprocess: Preprocess) -> None:
     channels = metadata.get("channels", 3)
     if type(channels) is not int or not 1 <= channels <= 1_000:
         raise ValueError(f"channels {channels!r:.80}, not a number from 1 to 1,000")
-    for key in ("encoder", "method", "recipe", "published", "commit", "head_prefix"):
+    texts = ("encoder", "method", "recipe", "published", "commit", "head_prefix", "linear_protocol")
+    for key in texts:
         if not isinstance(metadata.get(key, ""), str):
             raise ValueError(f"{key} {metadata[key]!r:.80}, not a text")
     if (stored := metadata.get("value_range")) is not None and not is_range(stored):

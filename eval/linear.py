@@ -4,10 +4,10 @@
     python -m eval.linear RUN --protocol features    # one pass over the images, then seconds
     accelerate launch --num_processes 8 -m eval.linear RUN --precision bf16    # on eight GPUs
 
-`simclr`, `moco` and `byol` are the papers' protocols: in every epoch the images go through the
-network with crop and flip. `features` is ours: features are computed once, without augmentation; it
-is quick, and is never compared with a paper's figure. Where a protocol sweeps learning rates, all
-are trained at once and one is chosen on held-out training images.
+`simclr`, `moco`, `moco-v3` and `byol` are the papers' protocols: in every epoch the images go
+through the network with crop and flip. `features` is ours: features are computed once, without
+augmentation; it is quick, and is never compared with a paper's figure. Where a protocol sweeps
+learning rates, all are trained at once and one is chosen on held-out training images.
 
 Top-1 is that of the last epoch. The encoder is in evaluation mode, and checked to be unchanged.
 A command that was stopped resumes when it is given again. The figures do not depend on the number
@@ -90,6 +90,10 @@ MOCO = Protocol(
     milestones=(0.6, 0.8),
     init_std=0.01,
 )
+# facebookresearch/moco-v3 main_lincls.py, of its ResNet-50. CODE: its cosine moves once an epoch.
+MOCO_V3 = replace(
+    MOCO, name="moco-v3", rates=(0.1,), batch_size=1024, epochs=90, scaled=True, milestones=()
+)
 # arXiv 2006.07733 App. C.1. PAPER/CODE: five rates in the paper, 0.2 alone in the code; batch 1024
 # in the paper, 4096 as the code's default; 10,009 random images to choose on in the paper, the
 # first 10,000 in the code. It starts from Haiku's initial weights, here from a normal(0.01): the
@@ -100,7 +104,7 @@ BYOL = Protocol("byol", rates=RATES, batch_size=1024, epochs=80, init_std=0.01)
 FEATURES = Protocol(
     "features", rates=(0.01, 0.03, 0.1, 0.3, 1.0), batch_size=512, epochs=100, augment=False
 )
-PROTOCOLS = {"simclr": SIMCLR, "moco": MOCO, "byol": BYOL, "features": FEATURES}
+PROTOCOLS = {p.name: p for p in (SIMCLR, MOCO, MOCO_V3, BYOL, FEATURES)}
 
 
 def protocol_of(subject: Subject, settings: Settings) -> Protocol:
@@ -108,7 +112,8 @@ def protocol_of(subject: Subject, settings: Settings) -> Protocol:
 
     Pixels have no network to go through, and are always `features`.
     """
-    name = settings.protocol or subject.encoder.metadata.get("method", "")
+    known = subject.encoder.metadata
+    name = settings.protocol or known.get("linear_protocol") or known.get("method", "")
     pixels = subject.encoder.name == "pixels"
     paper = FEATURES if pixels else PROTOCOLS.get(name, FEATURES)
     if paper is SIMCLR and subject.encoder.input.size <= 32:

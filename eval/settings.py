@@ -64,7 +64,8 @@ class Linear(Tested):
 
     baselines: tuple[str, ...] = ()  # judge these as well: random, pixels
     layer: int = 0  # 0: representation h; k: the head's k-th hidden layer; -1: the head's output
-    protocol: Literal["", "simclr", "moco", "byol", "features"] = ""  # default: the method's
+    protocol: Literal["", "simclr", "moco", "moco-v3", "byol", "features"] = ""
+    """default: the method's"""
     epochs: int = 0  # default: the protocol's
     batch_size: int = 0  # default: the protocol's; the learning rate follows it
     seed: int = 1  # of order and crops

@@ -213,7 +213,8 @@ def subjects(
     """
     s, run = settings, settings.run
     folder = Path(run) if run and Path(run).is_dir() else None
-    config = config_of(folder) if folder else {}
+    # a folder may also hold an encoder alone, such as one of the papers' authors
+    config = config_of(folder) if folder and (folder / "config.json").exists() else {}
     given, recorded = s.data if source is None else source, config.get("data", "")
     source = given or recorded
     layer = s.layer if layer is None else layer
@@ -221,7 +222,7 @@ def subjects(
     encoders += [load_encoder(run, name) for name in getattr(s, "baselines", ())]
     if not source:
         raise UserError("say on which images to judge: --data SOURCE")
-    of_run = folder is not None and is_of_run(source, folder, config)
+    of_run = folder is not None and bool(config) and is_of_run(source, folder, config)
     told = {name: value for name in SOURCE_FLAGS if (value := getattr(s, name)) not in (None, "")}
     # a range of values belongs to the encoder, as a mean does, whatever the images
     own = {"value_range": known} if (known := encoders[0].metadata.get("value_range")) else {}

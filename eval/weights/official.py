@@ -49,6 +49,7 @@ class Official:
     left_out: Counter[str] = field(default_factory=Counter)  # tensors, by what they belong to
     facts: dict[str, int] = field(default_factory=dict)  # of the training: epoch or step
     notes: list[str] = field(default_factory=list)  # what the file leaves open
+    linear_protocol: str = ""  # of eval/linear.py, where it is not the method's
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -61,6 +62,7 @@ class Official:
             "method": self.method,
             "published": "",
             "head": self.head,
+            **({"linear_protocol": protocol} if (protocol := self.linear_protocol) else {}),
             "official": {"kind": self.kind, **self.facts},
         }
 
@@ -220,6 +222,7 @@ def moco(content: Any) -> Official:
         head,
         +left,
         {"epoch": epoch} if type(epoch) is int and epoch > 0 else {},
+        linear_protocol="moco-v3" if kind == "MoCo v3" else "",
     )
 
 

@@ -142,6 +142,9 @@ def test_the_papers_protocols():
     assert SIMCLR.nesterov and SIMCLR_CIFAR.batch_size == 512 and SIMCLR_CIFAR.epochs == 100
     assert MOCO.rates == (30.0,) and MOCO.batch_size == 256 and MOCO.epochs == 100
     assert not MOCO.nesterov
+    v3 = PROTOCOLS["moco-v3"]  # 0.4 at a batch of 1024
+    assert v3.peaks() == pytest.approx([0.4]) and v3.epochs == 90 and not v3.nesterov
+    assert v3.decay_at(45, 90) == pytest.approx(0.5) and v3.init_std == 0.01
     assert BYOL.rates == (0.4, 0.3, 0.2, 0.1, 0.05) and BYOL.epochs == 80 and BYOL.nesterov
     assert [PROTOCOLS[name].augment for name in ("simclr", "moco", "byol")] == [True] * 3
     assert not FEATURES.augment

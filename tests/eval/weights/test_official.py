@@ -335,6 +335,8 @@ def test_moco_v3(tmp_path, resnet50):
     torch.save({"epoch": 300, "state_dict": state}, tmp_path / "r-50-300ep.pth.tar")
     official = read_official(tmp_path / "r-50-300ep.pth.tar")
     assert official.kind == "MoCo v3" and official.network == "resnet50"
+    assert official.metadata["method"] == "moco"
+    assert official.metadata["linear_protocol"] == "moco-v3"
     assert official.head == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
     assert official.left_out == {"momentum_encoder": len(body), "predictor": 1}
     with torch.no_grad():
