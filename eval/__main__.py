@@ -15,7 +15,7 @@ from typing import Any
 
 from common import cli
 from common.errors import UserError
-from eval.settings import KNN, Compare, Finetune, Linear, Neighbours, Transfer
+from eval.settings import KNN, Compare, Export, Finetune, Import, Linear, Neighbours, Transfer
 
 SETTINGS: dict[str, type] = {
     "knn": KNN,
@@ -52,14 +52,18 @@ def parse(words: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def overview() -> str:
-    """What there is: the evaluations, each in a line."""
-    lines = [
-        f"python -m eval.{name + ' RUN':<16}  {(kind.__doc__ or '').splitlines()[0]}"
-        for name, kind in SETTINGS.items()
-    ]
-    head = "Judge an encoder: RUN is a run's folder or an encoder.safetensors.\n"
-    end = "\n--help after one shows its settings; several in one process: python -m eval --help"
-    return "\n".join([head, *lines, end])
+    """What there is, each in a line."""
+
+    def line(name: str, kind: type, target: str = "RUN") -> str:
+        return f"python -m eval.{f'{name} {target}':<16}  {(kind.__doc__ or '').splitlines()[0]}"
+
+    what = "a run's folder, an encoder.safetensors or an official checkpoint"
+    head = f"Judge an encoder: RUN is {what}."
+    between = "Weights in and out:"
+    end = "--help after one shows its settings; several in one process: python -m eval --help"
+    judged = [line(name, kind) for name, kind in SETTINGS.items()]
+    moved = [line("export", Export), line("weights", Import, "FILE")]
+    return "\n".join([head, "", *judged, "", between, "", *moved, "", end])
 
 
 def split(words: Sequence[str]) -> Iterator[list[str]]:
