@@ -134,10 +134,10 @@ def is_file(path: Path) -> bool:
 
 def read_encoder(path: Path, layer: int = 0) -> Encoder:
     """The encoder of a run's folder or a file; see `load_encoder`."""
-    from eval.weights.official import is_official, read_official
+    from eval.weights.official import format_of, read_official
 
     path = exported if (exported := path / "encoder.safetensors").is_file() else path
-    if path.suffix != ".safetensors" and is_official(path):
+    if path.suffix != ".safetensors" and format_of(path):
         official = read_official(path)
         tensors = official.tensors
         tensors |= {f"head.{key}": value for key, value in official.head_tensors.items()}

@@ -27,13 +27,13 @@ from safetensors.torch import save_file
 from common.errors import UserError
 from common.files import atomic_write, naming, to_json
 from eval.encoder import load_encoder
-from eval.weights.official import is_official, read_official
+from eval.weights.official import format_of, read_official
 
 
 def main(settings: Settings) -> None:
     """Read, write, and read again what was written."""
     source, out = Path(settings.run), Path(settings.out)
-    if source.suffix == ".safetensors" and not is_official(source):
+    if source.suffix == ".safetensors" and not format_of(source):
         raise UserError(f"{source}: already of this format")
     official = read_official(source)
     for line in official.lines():

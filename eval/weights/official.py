@@ -11,7 +11,9 @@ A projection head comes along. Every tensor of the network must be there with it
 more; what is left out is counted. Nothing in a file is run.
 """
 
+import functools
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,9 +31,8 @@ from common.errors import UserError, first_line
 from eval.encoder import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from eval.weights import pickles, tensorflow
 
-# What a file of torch.save before version 1.6 begins with: the pickle of a number
-OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-ZIP = b"PK\x03\x04"  # one of a later version
+# What a file of torch.save begins with: before version 1.6, with the pickle of a number
+OLD_TORCH, ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"PK\x03\x04"
 COUNTER = ".num_batches_tracked"  # which has no part in the function
 
 
@@ -79,12 +80,20 @@ class Official:
         return lines
 
 
-def is_official(path: Path) -> bool:
-    """Whether a path looks like one of these, and not like a safetensors file."""
+def format_of(path: Path) -> str:
+    """ "tensorflow", "torch" or "pickle", by the content; "" of anything else, and of no file."""
     if tensorflow.find(path):
-        return True
-    start = first_bytes(path)
-    return bool(start) and (of_torch(start) or pickles.is_pickle(path))
+        return "tensorflow"
+    if not path.is_file():
+        return ""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(OLD_TORCH))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if start.startswith(ZIP) or start == OLD_TORCH:
+        return "torch"
+    return "pickle" if re.match(rb"\x80[\x02-\x05]", start) else ""
 
 
 def read_official(path: Path) -> Official:
@@ -101,37 +110,36 @@ def read_official(path: Path) -> Official:
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"cannot be read as a checkpoint ({first_line(error)})"
+        raise UserError(f"{path}: {reason}") from error
     return found
 
 
-def of_torch(start: bytes) -> bool:
-    """Whether a file that begins so is one of torch.save."""
-    return start.startswith(ZIP) or start == OLD_TORCH
-
-
-def first_bytes(path: Path) -> bytes:
-    """The start of a file; empty where there is none."""
-    if not path.is_file():
-        return b""
-    with path.open("rb") as file:
-        return file.read(len(OLD_TORCH))
-
-
 def _read(path: Path) -> Official:
-    if prefix := tensorflow.find(path):
-        return simclr(tensorflow.Checkpoint(prefix))
-    start = first_bytes(path)
-    if of_torch(start):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = first_line(error)
-            raise UserError(f"not weights of torch, or damaged ones ({reason})") from error
-        return moco(content)
-    if start and pickles.is_pickle(path):
-        return byol(pickles.read(path))
+    match format_of(path):
+        case "tensorflow":
+            return simclr(tensorflow.Checkpoint(tensorflow.find(path) or path))
+        case "torch":
+            return moco(_read_torch(path), path.stat().st_size)
+        case "pickle":
+            return byol(pickles.read(path))
     kinds = "MoCo's .pth.tar, SimCLR's model.ckpt-* or SavedModel, BYOL's .pkl, or a state dict"
     raise UserError(f"none of {kinds}" if path.exists() else "no such file")
+
+
+def _read_torch(path: Path) -> Any:
+    """What a file of torch.save holds, if that is tensors, texts, numbers and their containers."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise UserError("a compressed archive, as torch.save writes none")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whose words may advise to load it without the protection
+        raise UserError("not weights of torch, or damaged ones; nothing was run") from error
 
 
 # ---- every tensor in its place -------------------------------------------------------------------
@@ -143,6 +151,7 @@ def channels_of(tensors: Mapping[str, Tensor]) -> int:
     return tensors[stem].shape[1]
 
 
+@functools.cache
 def shapes_of(name: str, channels: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a network's tensors, without counters; the network takes no memory."""
     if not 1 <= channels <= 1_000:
@@ -178,16 +187,21 @@ def with_counters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---- MoCo, and torchvision's names ---------------------------------------------------------------
 
 
-def moco(content: Any) -> Official:
+def moco(content: Any, size: int) -> Official:
     """A checkpoint of facebookresearch/moco or moco-v3, or a plain state dict.
 
     It may hold the network of the queries alone, with or without the prefixes.
+
+    Args:
+        size: of the file, in bytes. A view may be of any shape, however few values are stored.
     """
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise UserError("holds no state dict")
-    tensors = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     left = Counter({"no tensors": len(state) - len(tensors)})
+    if all(key.startswith("module.") for key in tensors):  # of DistributedDataParallel
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     judged = next(
         (p for p in ("encoder_q.", "base_encoder.") if any(k.startswith(p) for k in tensors)), ""
     )
@@ -197,8 +211,16 @@ def moco(content: Any) -> Official:
     for key, value in tensors.items():
         if key.startswith(judged):
             key = key.removeprefix(judged)
+            if value.layout != torch.strided or value.device.type != "cpu":
+                raise UserError(f"{key} is no array of values")
+            if not value.is_floating_point() and not key.endswith(COUNTER):
+                raise UserError(f"{key} is of {value.dtype}, not of floats")
+            size -= value.nbytes
+            if size < 0:
+                raise UserError(f"{key} and the tensors before it are larger than the file")
             where = head if key.startswith("fc.") else body
-            where[key.removeprefix("fc.")] = value.float() if value.is_floating_point() else value
+            value = value.float() if value.is_floating_point() else value
+            where[key.removeprefix("fc.")] = value.contiguous()
     kind = {
         "encoder_q.": "MoCo v1" if "weight" in head else "MoCo v2" if head else "MoCo v1 or v2",
         "base_encoder.": "MoCo v3",
@@ -211,17 +233,22 @@ def moco(content: Any) -> Official:
     layers, head = _head_of(head)
     epoch = content.get("epoch")
     resnet = encoders.parse(name)
-    size = 32 if resnet and resnet.cifar else 224
+    pixels = 32 if resnet and resnet.cifar else 224
+    guess = (
+        f"how images are prepared is not in the file: assumed {pixels} pixels, bilinear, and "
+        "ImageNet's mean and deviation"
+    )
     return Official(
         kind,
         "moco" if judged else "",
         name,
-        Preprocess.of(size, interpolation="bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        Preprocess.of(pixels, interpolation="bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD),
         with_counters(body),
         layers,
         head,
         +left,
         {"epoch": epoch} if type(epoch) is int and epoch > 0 else {},
+        [] if judged else [guess],
         linear_protocol="moco-v3" if kind == "MoCo v3" else "",
     )
 
@@ -241,14 +268,12 @@ def recognise(tensors: Mapping[str, Tensor]) -> str:
         for arch in RESNETS
         if stem[0] == 64 or (arch in BLOCKS and stem[0] in (128, 192, 256))
     ]
-    near = [(name, shapes_of(name, stem[1])) for name in names]
-    for name, shapes in near:
-        if shapes == found:
-            return name
-    if near:  # say what is amiss with the nearest
-        name, shapes = min(near, key=lambda pair: len(pair[1].items() ^ found.items()))
-        check_places(name, found, shapes)
-    raise UserError(f"holds no ResNet that can be built here: conv1.weight is {stem}")
+    near = {name: shapes_of(name, stem[1]) for name in names}
+    if not near:
+        raise UserError(f"holds no ResNet that can be built here: conv1.weight is {stem}")
+    name = min(near, key=lambda name: len(near[name].items() ^ found.items()))
+    check_places(name, found, near[name])
+    return name
 
 
 def _head_of(tensors: dict[str, Tensor]) -> tuple[list[str], dict[str, Tensor]]:
@@ -330,9 +355,9 @@ def simclr(checkpoint: tensorflow.Checkpoint) -> Official:
     check_places(str(resnet), given, shapes_of(str(resnet), shapes[0][2]))
     tensors = {ours: _torch_tensor(checkpoint.read(theirs)) for ours, theirs in places.items()}
     layers, head_tensors = _simclr_head(checkpoint, head)
-    known = STEP in checkpoint.names and checkpoint.shape(STEP) == ()
+    step = checkpoint.read(STEP) if STEP in checkpoint.names else np.zeros(0)
     return Official(
-        {0: "SimCLR", 2: "SimCLR v1"}.get(len(head), "SimCLR v2"),
+        {2: "SimCLR v1", 3: "SimCLR v2"}.get(len(head), "SimCLR"),
         "simclr",
         str(resnet),
         Preprocess.of(32 if resnet.cifar else 224),  # there is no mean and deviation
@@ -340,7 +365,7 @@ def simclr(checkpoint: tensorflow.Checkpoint) -> Official:
         layers,
         head_tensors,
         left,
-        {"step": int(checkpoint.read(STEP))} if known else {},
+        {"step": int(step)} if step.shape == () and step.dtype.kind == "i" else {},
         checkpoint.notes,
     )
 
@@ -357,6 +382,8 @@ def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _torch_tensor(value: np.ndarray) -> Tensor:
     """In float32, a kernel with its outputs and then its inputs first."""
+    if value.dtype.kind != "f":
+        raise UserError(f"holds {value.dtype} where the network has floats")
     tensor = torch.from_numpy(value.astype(np.float32))
     if tensor.ndim == 4:
         tensor = tensor.permute(3, 2, 0, 1)
@@ -369,15 +396,15 @@ def simclr_resnet(kernels: list[tuple[int, ...]]) -> ResNet:
         raise UserError("holds no network of SimCLR's: no convolutions that are named conv2d")
     deep = kernels[0][0] == kernels[1][0] == 3  # in any other, a 1x1 shortcut is made second
     cifar = kernels[0][0] == 3 and not deep
-    stem = kernels[2] if deep else kernels[0]
-    for arch, (block, layers) in BLOCKS.items():
-        for per_block in (2,) if block is BasicBlock else (3, 5):  # 5: with a selective kernel
-            count = (3 if deep else 1) + per_block * sum(layers) + len(layers)
-            if count == len(kernels) and stem[3] in (64, 128, 192, 256):
-                return ResNet(arch, stem[3] // 64, per_block == 5, "simclr", cifar)
+    width = (kernels[2] if deep else kernels[0])[3] / 64
+    for arch in BLOCKS if width in (1, 2, 3, 4) else ():
+        for sk in (False, True):
+            resnet = ResNet(arch, int(width), sk, "simclr", cifar)
+            if encoders.parse(str(resnet)) and len([*creation_order(resnet)]) == len(kernels):
+                return resnet
     raise UserError(
-        f"{len(kernels):,} convolutions behind a stem of {stem[3]:,} channels: none of the networks"
-        f" of SimCLR's that can be built here ({', '.join(BLOCKS)}; x2 to x4; -sk)"
+        f"{len(kernels):,} convolutions behind a stem of {64 * width:,.0f} channels: none of the "
+        f"networks of SimCLR's that can be built here ({', '.join(BLOCKS)}; x2 to x4; -sk)"
     )
 
 
@@ -457,15 +484,13 @@ def byol(content: Mapping[str, Any]) -> Official:
     for conv, norm, our_conv, our_norm in haiku_names(resnet):
         tensors |= _taken(found, {f"{our_conv}.weight": f"{top}{conv}/w"})
         tensors |= _taken(found, _haiku_norm(f"{top}{norm}", our_norm))
-    head = _taken(
-        found,
-        {
-            "0.weight": "projector/linear/w",
-            "0.bias": "projector/linear/b",
-            **_haiku_norm("projector/batch_norm", "1"),
-            "3.weight": "projector/linear_1/w",
-        },
-    )
+    projector = {
+        "0.weight": "projector/linear/w",
+        "0.bias": "projector/linear/b",
+        **_haiku_norm("projector/batch_norm", "1"),
+        "3.weight": "projector/linear_1/w",
+    }
+    head = _taken(found, projector) if found.keys() >= set(projector.values()) else {}
     for key in found:
         if key.endswith(("_ema/hidden", "_ema/counter")):  # their average is what is used
             left["hidden and counter of moving averages"] += 1
@@ -484,8 +509,8 @@ def byol(content: Mapping[str, Any]) -> Official:
         str(resnet),
         Preprocess.of(224, mean=IMAGENET_MEAN, std=IMAGENET_STD),
         with_counters(tensors),
-        ["Linear", "BatchNorm1d", "ReLU", "Linear"] if len(head) == 7 else [],
-        with_counters(head) if len(head) == 7 else {},
+        ["Linear", "BatchNorm1d", "ReLU", "Linear"] if head else [],
+        with_counters(head),
         left,
         {"step": step} if type(step := content.get("step")) is int else {},
     )

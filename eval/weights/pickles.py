@@ -27,22 +27,9 @@ import numpy as np
 from common.errors import UserError, first_line, printable
 
 OP = SimpleNamespace(**{op.name: op.code.encode("latin-1") for op in pickletools.opcodes})
-PICKLES = [b"\x80" + bytes([protocol]) for protocol in (2, 3, 4, 5)]  # the first bytes
-TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of a file of torch < 1.6
 TREES = ("online_params", "online_state", "target_params", "target_state")
 MOST_READS = 3_000_000  # a ResNet-50 takes 80,000; without a limit, small steps would take hours
 LONG_TEXT = 200  # characters; no name is longer
-
-
-def is_pickle(path: Path) -> bool:
-    """Whether a file begins as a pickle of protocol 2 or later, and is not one of torch's.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    with reading(path), open(path, "rb") as file:
-        start = file.read(len(TORCH))
-    return start[:2] in PICKLES and start != TORCH
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -60,7 +47,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     with reading(path), open(path, "rb") as file:
         source = Source(file)
-        if source.read(min(2, source.left)) != PICKLES[0]:
+        if source.read(min(2, source.left)) != b"\x80\x02":
             raise UserError("not a pickle of protocol 2, which a BYOL checkpoint is")
         content = Machine(source).run()
         if source.left:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ import eval.weights.__main__
 from common.encoders import build, parse
 from common.errors import UserError
 from eval.encoder import load_encoder
-from eval.weights.official import creation_order, is_official, read_official
+from eval.weights.official import (
+    byol,
+    creation_order,
+    format_of,
+    moco,
+    read_official,
+    simclr_resnet,
+)
 from tests.eval.weights.pickle_writer import write_byol
 from tests.eval.weights.tf_writer import write_bundle, write_object_checkpoint
 from tests.golden.det_formula import image, weight
@@ -126,7 +134,7 @@ def test_simclr_of_tensorflow_2(tmp_path, layout, case, size):
         saved_model=layout == "SavedModel",
         slots={first: {"momentum": np.zeros_like(arrays[first])}},
     )
-    assert is_official(path)
+    assert format_of(path) == "tensorflow"
     official = read_official(path)
     assert official.network == f"resnet18-simclr{'-cifar' if 'cifar' in case else ''}"
     assert official.left_out["slots of the optimizer"] == 1
@@ -179,6 +187,8 @@ def test_the_official_order_of_other_depths_has_every_layer(name):
          r"would be the same variable"),
         (lambda a: a["base_model/conv2d_7/kernel"].fill(np.nan), r"has values that are not finite"),
         (lambda a: a.clear(), r"no convolutions that are named conv2d"),
+        (lambda a: a.update({k: v.astype(complex) for k, v in a.items()}),
+         r"holds complex128 where the network has floats"),
     ],
 )  # fmt: skip
 def test_a_network_that_is_not_simclrs_is_refused(tmp_path, change, said):
@@ -188,6 +198,12 @@ def test_a_network_that_is_not_simclrs_is_refused(tmp_path, change, said):
     with pytest.raises(UserError, match=said) as caught:
         load_encoder(tmp_path / "model.ckpt-1.index")
     assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
+
+
+def test_a_stem_of_resnet_d_without_selective_kernels_is_refused():
+    stem = [(3, 3, 3, 32), (3, 3, 32, 32), (3, 3, 32, 64)]
+    with pytest.raises(UserError, match="55 convolutions behind a stem of 64 channels"):
+        simclr_resnet(stem + 52 * [(1, 1, 64, 64)])  # as many as ResNet-50 has behind its stem
 
 
 # ---- BYOL ----------------------------------------------------------------------------------------
@@ -205,6 +221,8 @@ def haiku_trees(width=1, key="full_pretrain_resnet50", resnet_only=False):
             module, variable = name.rsplit("/", 1)
             if name.startswith("res_net"):
                 shape = [n if n < 16 else n * width for n in shape]
+            else:  # smaller heads
+                shape = [n if n == 2048 else min(n, 32) for n in shape]
             if part == "params":
                 value = weight(f"byol/resnetw/{module}/{variable}", shape, KINDS[variable])
             elif variable == "average":
@@ -216,32 +234,23 @@ def haiku_trees(width=1, key="full_pretrain_resnet50", resnet_only=False):
     return trees["params"], trees["state"]
 
 
-@pytest.fixture(scope="module")
-def byol_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("byol") / "pretrain_res50x1.pkl"
-    return write_byol(path, *haiku_trees(), step=312_500)
-
-
-@pytest.mark.parametrize(
-    "case, size", [("r50", (64, 64)), ("r50_odd", (57, 71)), ("r50_224", (224, 224))]
-)
-def test_byols_online_network(byol_file, case, size):
-    encoder = load_encoder(byol_file)
+def test_byols_online_network_normalisation_and_head(tmp_path):
+    params, state = haiku_trees()
+    byol_file = write_byol(tmp_path / "pretrain_res50x1.pkl", params, state, step=312_500)
+    encoder = load_encoder(byol_file, layer=-1)
     assert encoder.metadata["encoder"] == "resnet50-byol" and encoder.metadata["method"] == "byol"
-    assert rel(features(encoder, *size), golden("byol_resnet")[f"{case}/features_eval"]) < 1e-5
-
-
-def test_byols_normalisation_and_head_come_along(byol_file):
+    assert encoder.network.num_features == 32
+    encoder.network = encoder.network.encoder
+    for case, size in {"r50": (64, 64), "r50_odd": (57, 71), "r50_224": (224, 224)}.items():
+        assert rel(features(encoder, *size), golden("byol_resnet")[f"{case}/features_eval"]) < 1e-5
     official = read_official(byol_file)
     assert official.kind == "BYOL" and official.facts == {"step": 312_500}
     assert official.input.mean == (0.485, 0.456, 0.406) and official.input.crop == 0.875
     assert official.head == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert {"predictor", "classifier", "target_params", "target_state"} <= official.left_out.keys()
-    params = haiku_trees()[0]
     ours = official.head_tensors
     assert np.array_equal(ours["0.weight"].T, params["projector/linear"]["w"])
     assert np.array_equal(ours["3.weight"].T, params["projector/linear_1"]["w"])
-    assert load_encoder(byol_file, layer=-1).network.num_features == 256
 
 
 @pytest.mark.slow
@@ -253,11 +262,11 @@ def test_byol_of_twice_the_width(tmp_path):
     assert rel(features(encoder, 48, 48), recorded) < 1e-5
 
 
-def test_a_byol_file_that_lacks_an_average_is_refused(tmp_path):
+def test_a_byol_network_that_lacks_an_average_is_refused():
     params, state = haiku_trees(resnet_only=True)
     del state["res_net50/~/block_group_3/~/block_2/~/batchnorm_2/~/var_ema"]["average"]
     with pytest.raises(UserError, match=r"lacks resnet50-byol: layer4.2.bn3.running_var"):
-        load_encoder(write_byol(tmp_path / "a.pkl", params, state))
+        byol({"online_params": params, "online_state": state})
 
 
 # ---- MoCo ----------------------------------------------------------------------------------------
@@ -279,52 +288,60 @@ def moco_state(version, network):
 
 @pytest.fixture(scope="module")
 def resnet50():
+    return with_statistics("resnet50")
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    return with_statistics("resnet18")
+
+
+def with_statistics(name):
     torch.manual_seed(0)
-    network = build("resnet50")
+    network = build(name)
     with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            if "running" in name:
+        for key, tensor in network.state_dict().items():
+            if "running" in key:
                 tensor.uniform_(0.5, 1.5)
     return network.eval()
 
 
-@pytest.mark.parametrize("version, head", [("v1", 1), ("v2", 3)])
-@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("version, head, old", [("v1", 1, True), ("v2", 3, False)])
 def test_mocos_network_of_the_queries(tmp_path, resnet50, version, head, old):
     """Also in the format of torch.save of 2019, in which the published files are."""
     state = moco_state(version, resnet50.state_dict())
     content = {"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {"state": {}}}
     path = tmp_path / f"moco_{version}_200ep_pretrain.pth.tar"
     torch.save(content, path, _use_new_zipfile_serialization=not old)
-    encoder, official = load_encoder(path), read_official(path)
+    encoder, official = load_encoder(path, layer=-1), read_official(path)
     images = inputs(57, 71)
     with torch.no_grad():
-        assert torch.equal(encoder.network(images), resnet50(images))
+        assert torch.equal(encoder.network.encoder(images), resnet50(images))
     assert official.kind == f"MoCo {version}" and official.facts == {"epoch": 200}
     assert len(official.head) == head and official.left_out["queue"] == 1
     assert official.left_out["encoder_k"] == sum("encoder_k" in key for key in state)
     assert encoder.input.interpolation == "bilinear" and encoder.input.mean is not None
-    assert load_encoder(path, layer=-1).network.num_features == 128
+    assert encoder.network.num_features == 128
 
 
 @pytest.mark.parametrize("prefix", ["module.encoder_q.", "encoder_q.", "module.", ""])
-def test_a_stripped_file_of_mocos(tmp_path, resnet50, prefix):
+def test_a_stripped_file_of_mocos(tmp_path, resnet18, prefix):
     """Without queue, keys' network and head; without prefixes nothing says whose it is."""
-    state = {f"{prefix}{key}": value for key, value in resnet50.state_dict().items()}
+    state = {f"{prefix}{key}": value for key, value in resnet18.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "a.pth.tar")
     encoder = load_encoder("", str(tmp_path / "a.pth.tar"))  # as --weights
-    assert torch.equal(encoder.network.layer4[2].conv3.weight, resnet50.layer4[2].conv3.weight)
+    assert torch.equal(encoder.network.layer4[1].conv2.weight, resnet18.layer4[1].conv2.weight)
     assert encoder.metadata["method"] == ("moco" if "encoder_q" in prefix else "")
     assert encoder.name == str(tmp_path / "a.pth.tar")
 
 
-def test_moco_v3(tmp_path, resnet50):
+def test_moco_v3(tmp_path, resnet18):
     """Whose last BatchNorm has neither gain nor shift."""
-    body = resnet50.state_dict()
+    body = resnet18.state_dict()
     state = {f"module.base_encoder.{key}": value for key, value in body.items()}
     state |= {f"module.momentum_encoder.{key}": value + 1 for key, value in body.items()}
     bn = {"running_mean": torch.rand(6), "running_var": torch.rand(6) + 1}
-    head = {"0.weight": torch.rand(6, 2048), "3.weight": torch.rand(5, 6)}
+    head = {"0.weight": torch.rand(6, 512), "3.weight": torch.rand(5, 6)}
     head |= {f"1.{k}": v for k, v in bn.items()} | {
         "1.weight": torch.rand(6),
         "1.bias": torch.ones(6),
@@ -334,7 +351,7 @@ def test_moco_v3(tmp_path, resnet50):
     state |= {"module.predictor.0.weight": torch.rand(3, 3)}
     torch.save({"epoch": 300, "state_dict": state}, tmp_path / "r-50-300ep.pth.tar")
     official = read_official(tmp_path / "r-50-300ep.pth.tar")
-    assert official.kind == "MoCo v3" and official.network == "resnet50"
+    assert official.kind == "MoCo v3" and official.network == "resnet18"
     assert official.metadata["method"] == "moco"
     assert official.metadata["linear_protocol"] == "moco-v3"
     assert official.head == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
@@ -343,7 +360,7 @@ def test_moco_v3(tmp_path, resnet50):
         images = inputs(48, 48)
         encoder = load_encoder(tmp_path / "r-50-300ep.pth.tar", layer=-1)
         hidden = torch.relu(
-            (resnet50(images) @ head["0.weight"].T - bn["running_mean"])
+            (resnet18(images) @ head["0.weight"].T - bn["running_mean"])
             / (bn["running_var"] + 1e-5).sqrt() * head["1.weight"] + 1
         )  # fmt: skip
         out = (hidden @ head["3.weight"].T - bn["running_mean"][:5]) / (
@@ -358,12 +375,20 @@ def test_a_plain_state_dict_is_recognised(tmp_path, name):
     torch.save(network.state_dict() | {"fc.weight": torch.ones(10, 4)}, tmp_path / "a.pth")
     official = read_official(tmp_path / "a.pth")
     assert official.network == name and official.left_out == {"fc": 1}
-    broken = {
-        key: value for key, value in network.state_dict().items() if key != "layer4.1.bn2.bias"
-    }
-    torch.save(broken, tmp_path / "b.pth")
+    assert f"assumed {official.input.size} pixels, bilinear" in official.lines()[1]
+    broken = network.state_dict()
+    del broken["layer4.1.bn2.bias"]
     with pytest.raises(UserError, match=rf"lacks {name}: layer4.1.bn2.bias$"):
-        load_encoder(tmp_path / "b.pth")
+        moco(broken, size=2**30)
+
+
+def test_a_state_dict_of_another_memory_format_is_written(tmp_path, resnet18):
+    """Safetensors hold no tensors that are not contiguous."""
+    network = with_statistics("resnet18").to(memory_format=torch.channels_last)
+    torch.save(network.state_dict(), tmp_path / "a.pth")
+    out = tmp_path / "encoder.safetensors"
+    evaluate(eval.weights.__main__, str(tmp_path / "a.pth"), "--out", str(out))
+    assert torch.equal(load_encoder(out).network.conv1.weight, resnet18.conv1.weight)
 
 
 # ---- what is none --------------------------------------------------------------------------------
@@ -385,6 +410,39 @@ def test_a_file_of_torch_that_runs_a_command_is_refused(tmp_path, monkeypatch, o
     assert "\n" not in str(caught.value) and not (tmp_path / "executed").exists()
     torch.load("a.pth", weights_only=False)
     assert (tmp_path / "executed").exists()  # or the attack was none
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t[:1].half().expand(10**5, -1, -1, -1), "before it are larger than the file"),
+        (lambda t: t.to("meta"), "conv1.weight is no array of values"),
+        (lambda t: t.to_sparse(), "conv1.weight is no array of values"),
+        (lambda t: t.cfloat(), "conv1.weight is of torch.complex64, not of floats"),
+        (lambda t: t.int(), "conv1.weight is of torch.int32, not of floats"),
+        (lambda t: t.fill_(torch.nan), "conv1.weight has values that are not finite"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, on sparse tensors
+def test_tensors_that_lie_are_one_line(tmp_path, resnet18, change, said):
+    state = resnet18.state_dict()
+    state["conv1.weight"] = change(state["conv1.weight"].clone())
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=said) as caught:
+        load_encoder(tmp_path / "a.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path):
+    """A file of a thousandth of the size could hold it."""
+    whole, packed = tmp_path / "a.pth", tmp_path / "b.pth"
+    torch.save({"conv1.weight": torch.zeros(10**6)}, whole)
+    with ZipFile(whole) as source, ZipFile(packed, "w", ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert torch.load(packed, weights_only=True)  # or there would be nothing to refuse
+    with pytest.raises(UserError, match="a compressed archive"):
+        load_encoder(packed)
 
 
 @pytest.mark.parametrize(

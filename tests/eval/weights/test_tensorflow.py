@@ -562,7 +562,7 @@ def test_a_damaged_file_gives_the_right_values_or_one_line(tmp_path, compress):
     files = {path: path.read_bytes() for path in sorted(tmp_path.iterdir())}
     rng, seen = random.Random(0), {True: 0, False: 0}
     tracemalloc.start()
-    for _ in range(600):
+    for _ in range(200):
         path = rng.choice(list(files))
         path.write_bytes(changed(files[path], rng))
         try:
@@ -575,7 +575,7 @@ def test_a_damaged_file_gives_the_right_values_or_one_line(tmp_path, compress):
         path.write_bytes(files[path])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert min(seen.values()) > 5 and peak < 2 * 2**20
+    assert min(seen.values()) > 2 and peak < 2 * 2**20
 
 
 @pytest.mark.parametrize("what", ["block", "packed", "entry", "graph"])
@@ -587,7 +587,7 @@ def test_a_file_made_on_purpose_gives_values_or_one_line(tmp_path, what):
     packed = pyarrow.compress(good, codec="snappy", asbytes=True)
     graph = object_graph([("w", "a" + VALUE), ("v", "b" + VALUE)], [("w", "m", "s", "c" + VALUE)])
     tracemalloc.start()
-    for _ in range(600):
+    for _ in range(200):
         (tmp_path / SHARD).write_bytes(bytes(16))
         match what:
             case "block":
@@ -611,4 +611,4 @@ def test_a_file_made_on_purpose_gives_values_or_one_line(tmp_path, what):
             seen[False] += 1
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert min(seen.values()) > 5 and peak < 2 * 2**20
+    assert min(seen.values()) > 2 and peak < 2 * 2**20
