@@ -150,6 +150,8 @@ def read_encoder(path: Path, layer: int = 0) -> Encoder:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:
+        if path.suffix != ".safetensors":
+            read_official(path)  # says what it is not
         raise UserError(f"{path}: not an exported encoder ({first_line(error)})") from error
     return assembled(metadata, tensors, layer, path)
 
@@ -283,6 +285,8 @@ def by_name(weights: str) -> Encoder:
 
         network, preprocess, metadata = from_hub(timm_repository(name) if kind == "timm" else name)
         return Encoder(network, preprocess, weights, metadata)
+    from eval.weights.official import content_of_torch
+
     name, _, file = name.partition("=")
     if kind == "torchvision" and name not in encoders.RESNETS:
         raise UserError(f"--weights {weights}: no such torchvision ResNet")
@@ -292,7 +296,7 @@ def by_name(weights: str) -> Encoder:
     if kind == "torchvision":
         try:
             if file:
-                state = torch.load(file, map_location="cpu", weights_only=True)
+                state = content_of_torch(Path(file))
             else:
                 official = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
                 state = official.get_state_dict(check_hash=True, weights_only=True)

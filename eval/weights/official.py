@@ -31,9 +31,13 @@ from common.errors import UserError, first_line
 from eval.encoder import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from eval.weights import pickles, tensorflow
 
-# What a file of torch.save begins with: before version 1.6, with the pickle of a number
-OLD_TORCH, ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"PK\x03\x04"
+# What a file of torch.save before version 1.6 begins with: the pickle of a number
+OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+ZIP = b"PK\x03\x04"  # one of a later version
+GZIP, TAR = b"\x1f\x8b", (b"ustar", 257)  # where the second stands
 COUNTER = ".num_batches_tracked"  # which has no part in the function
+ARCHIVE = "an archive; unpack it, and give a file or a folder that was in it"
+KINDS = "MoCo's .pth.tar, SimCLR's model.ckpt-* or SavedModel, BYOL's .pkl, or a state dict"
 
 
 @dataclass
@@ -104,6 +108,8 @@ def read_official(path: Path) -> Official:
     """
     try:
         found = _read(path)
+        if found.head:
+            check_head(found)
         for key, tensor in (found.tensors | found.head_tensors).items():
             if not tensor.isfinite().all():
                 raise UserError(f"{key} has values that are not finite")
@@ -123,23 +129,48 @@ def _read(path: Path) -> Official:
         case "tensorflow":
             return simclr(tensorflow.Checkpoint(tensorflow.find(path) or path))
         case "torch":
-            return moco(_read_torch(path), path.stat().st_size)
+            return moco(content_of_torch(path), path.stat().st_size)
         case "pickle":
             return byol(pickles.read(path))
-    kinds = "MoCo's .pth.tar, SimCLR's model.ckpt-* or SavedModel, BYOL's .pkl, or a state dict"
-    raise UserError(f"none of {kinds}" if path.exists() else "no such file")
+    if path.is_file() and is_archive(path):
+        raise UserError(ARCHIVE)
+    raise UserError(f"none of {KINDS}" if path.exists() else "no such file")
 
 
-def _read_torch(path: Path) -> Any:
-    """What a file of torch.save holds, if that is tensors, texts, numbers and their containers."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                raise UserError("a compressed archive, as torch.save writes none")
+def is_archive(path: Path) -> bool:
+    """Whether a file is a tar, as the name of MoCo's files says in vain, or of gzip."""
+    with path.open("rb") as file:
+        start = file.read(TAR[1] + len(TAR[0]))
+    return start.startswith(GZIP) or start[TAR[1] :] == TAR[0]
+
+
+def content_of_torch(path: Path) -> Any:
+    """What torch.load reads from a file, without running any of it or taking more than its size.
+
+    Raises:
+        UserError: it is of other things than weights, or damaged.
+    """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                parts = archive.infolist()
+            # torch neither compresses a part nor has two in one place, but would read both.
+            if sum(part.file_size for part in parts) > path.stat().st_size:
+                raise UserError("parts that claim to be larger than the file")
+            if not any(part.filename.endswith("/data.pkl") for part in parts):
+                raise UserError(ARCHIVE)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whose words may advise to load it without the protection
-        raise UserError("not weights of torch, or damaged ones; nothing was run") from error
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        if refused := re.search(
+            r"GLOBAL (\S+) was not an allowed|Unsupported class (\S+)", str(error)
+        ):
+            raise UserError(
+                f"asks for {refused[1] or refused[2]}, which is more than weights; nothing was run"
+            ) from error
+        reason = first_line(error)
+        raise UserError(f"not weights of torch, or damaged ones ({reason})") from error
 
 
 # ---- every tensor in its place -------------------------------------------------------------------
@@ -178,6 +209,24 @@ def check_places(
             raise UserError(f"{key} has the shape {found[key]}, in {name} it is {shape}")
 
 
+def check_head(found: Official) -> None:
+    """Refuse a head whose layers do not follow from the network and from each other."""
+    with torch.device("meta"):
+        network: Any = encoders.build(found.network, channels_of(found.tensors))
+    width: int = network.num_features
+    given = {k: tuple(v.shape) for k, v in found.head_tensors.items() if not k.endswith(COUNTER)}
+    expected: dict[str, tuple[int, ...]] = {}
+    for place, kind in enumerate(found.head):
+        if kind == "Linear":
+            inputs, width = width, (*given.get(f"{place}.weight", ()), 0)[0]
+            expected[f"{place}.weight"] = width, inputs
+            if f"{place}.bias" in given:
+                expected[f"{place}.bias"] = (width,)
+        elif kind != "ReLU":
+            expected |= {f"{place}.{part}": (width,) for part in BATCH_NORM.values()}
+    check_places("its head", given, expected)
+
+
 def with_counters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same, with a counter of batches for each BatchNorm, which other formats do not keep."""
     norms = [key.removesuffix(".running_mean") for key in tensors if key.endswith(".running_mean")]
@@ -198,26 +247,32 @@ def moco(content: Any, size: int) -> Official:
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise UserError("holds no state dict")
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            name = key.removeprefix("module.")  # of DistributedDataParallel
+            if name in tensors:
+                raise UserError(f"{name} and module.{name} would be the same tensor")
+            tensors[name] = check_plain(key, value)
+    if not tensors:
+        raise UserError(
+            f"holds no state dict: {', '.join(state)[:200] or 'nothing'}, and no tensor"
+        )
     left = Counter({"no tensors": len(state) - len(tensors)})
-    if all(key.startswith("module.") for key in tensors):  # of DistributedDataParallel
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     judged = next(
         (p for p in ("encoder_q.", "base_encoder.") if any(k.startswith(p) for k in tensors)), ""
     )
     left.update(key.split(".")[0] for key in tensors if not key.startswith(judged))
+    # A tensor may be a view of few values, or have more than were stored.
+    if sum(v.numel() * v.element_size() for k, v in tensors.items() if k.startswith(judged)) > size:
+        raise UserError("its tensors claim to be larger than the file")
     body: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
     for key, value in tensors.items():
         if key.startswith(judged):
             key = key.removeprefix(judged)
-            if value.layout != torch.strided or value.device.type != "cpu":
-                raise UserError(f"{key} is no array of values")
             if not value.is_floating_point() and not key.endswith(COUNTER):
                 raise UserError(f"{key} is of {value.dtype}, not of floats")
-            size -= value.nbytes
-            if size < 0:
-                raise UserError(f"{key} and the tensors before it are larger than the file")
             where = head if key.startswith("fc.") else body
             value = value.float() if value.is_floating_point() else value
             where[key.removeprefix("fc.")] = value.contiguous()
@@ -230,6 +285,8 @@ def moco(content: Any, size: int) -> Official:
         left["fc"] = len(head)
         head = {}
     name = recognise(body)
+    if (channels := channels_of(body)) != 3:
+        raise UserError(f"takes images of {channels} channels, whose mean and deviation it lacks")
     layers, head = _head_of(head)
     epoch = content.get("epoch")
     resnet = encoders.parse(name)
@@ -253,6 +310,19 @@ def moco(content: Any, size: int) -> Official:
     )
 
 
+def check_plain(key: str, tensor: Tensor) -> Tensor:
+    """The tensor, which must be one of values in memory, and of a network's of floats.
+
+    Raises:
+        UserError: it is sparse, quantised, without values, or of complex numbers.
+    """
+    kind = str(tensor.dtype).removeprefix("torch.")
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.is_quantized or tensor.is_complex():
+        raise UserError(f"{key} is not a plain tensor ({kind}, {tensor.layout}, {tensor.device})")
+    return tensor
+
+
 def recognise(tensors: Mapping[str, Tensor]) -> str:
     """The name of the ResNet that has these tensors.
 
@@ -262,7 +332,8 @@ def recognise(tensors: Mapping[str, Tensor]) -> str:
     found = {k: tuple(v.shape) for k, v in tensors.items() if not k.endswith(COUNTER)}
     stem = found.get("conv1.weight", ())
     if len(stem) != 4:
-        raise UserError("holds no ResNet: there is no convolution conv1.weight")
+        first = ", ".join([*tensors][:2])
+        raise UserError(f"holds no ResNet: there is no conv1.weight, but {first:.200}")
     names = [
         str(ResNet(arch, stem[0] // 64, cifar=stem[2] == 3))
         for arch in RESNETS
@@ -355,7 +426,8 @@ def simclr(checkpoint: tensorflow.Checkpoint) -> Official:
     check_places(str(resnet), given, shapes_of(str(resnet), shapes[0][2]))
     tensors = {ours: _torch_tensor(checkpoint.read(theirs)) for ours, theirs in places.items()}
     layers, head_tensors = _simclr_head(checkpoint, head)
-    step = checkpoint.read(STEP) if STEP in checkpoint.names else np.zeros(0)
+    known = STEP in checkpoint.names and checkpoint.shape(STEP) == ()
+    known = known and checkpoint.dtype(STEP) in ("int32", "int64")
     return Official(
         {2: "SimCLR v1", 3: "SimCLR v2"}.get(len(head), "SimCLR"),
         "simclr",
@@ -365,7 +437,7 @@ def simclr(checkpoint: tensorflow.Checkpoint) -> Official:
         layers,
         head_tensors,
         left,
-        {"step": int(step)} if step.shape == () and step.dtype.kind == "i" else {},
+        {"step": int(checkpoint.read(STEP))} if known else {},
         checkpoint.notes,
     )
 
@@ -383,7 +455,7 @@ def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _torch_tensor(value: np.ndarray) -> Tensor:
     """In float32, a kernel with its outputs and then its inputs first."""
     if value.dtype.kind != "f":
-        raise UserError(f"holds {value.dtype} where the network has floats")
+        raise UserError(f"an array of {value.dtype}, where a network has floats")
     tensor = torch.from_numpy(value.astype(np.float32))
     if tensor.ndim == 4:
         tensor = tensor.permute(3, 2, 0, 1)

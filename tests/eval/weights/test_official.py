@@ -1,7 +1,10 @@
 """The authors' checkpoints, in their formats and under their names, against recorded features."""
 
+import gzip
 import re
 import shutil
+import tarfile
+import zipfile
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
@@ -188,7 +191,7 @@ def test_the_official_order_of_other_depths_has_every_layer(name):
         (lambda a: a["base_model/conv2d_7/kernel"].fill(np.nan), r"has values that are not finite"),
         (lambda a: a.clear(), r"no convolutions that are named conv2d"),
         (lambda a: a.update({k: v.astype(complex) for k, v in a.items()}),
-         r"holds complex128 where the network has floats"),
+         r"an array of complex128, where a network has floats"),
     ],
 )  # fmt: skip
 def test_a_network_that_is_not_simclrs_is_refused(tmp_path, change, said):
@@ -251,6 +254,18 @@ def test_byols_online_network_normalisation_and_head(tmp_path):
     ours = official.head_tensors
     assert np.array_equal(ours["0.weight"].T, params["projector/linear"]["w"])
     assert np.array_equal(ours["3.weight"].T, params["projector/linear_1"]["w"])
+
+
+@pytest.mark.parametrize(
+    "case, size",
+    [("r18", (64, 64)), ("r18_odd", (57, 71)), ("r18_imagenette128", (128, 128))],
+)
+def test_byols_resnet18(tmp_path, case, size):
+    """Whose first shortcut is a convolution, as in each group."""
+    path = write_byol(tmp_path / "a.pkl", *haiku_trees(key=case.removesuffix("_odd")))
+    encoder = load_encoder(path)
+    assert encoder.metadata["encoder"] == "resnet18-byol" and "head" in encoder.metadata
+    assert rel(features(encoder, *size), golden("byol_resnet")[f"{case}/features_eval"]) < 1e-5
 
 
 @pytest.mark.slow
@@ -415,10 +430,13 @@ def test_a_file_of_torch_that_runs_a_command_is_refused(tmp_path, monkeypatch, o
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t[:1].half().expand(10**5, -1, -1, -1), "before it are larger than the file"),
-        (lambda t: t.to("meta"), "conv1.weight is no array of values"),
-        (lambda t: t.to_sparse(), "conv1.weight is no array of values"),
-        (lambda t: t.cfloat(), "conv1.weight is of torch.complex64, not of floats"),
+        (
+            lambda t: t[:1].half().expand(10**5, -1, -1, -1),
+            "its tensors claim to be larger than the file",
+        ),
+        (lambda t: t.to("meta"), "conv1.weight is not a plain tensor"),
+        (lambda t: t.to_sparse(), "conv1.weight is not a plain tensor"),
+        (lambda t: t.cfloat(), "conv1.weight is not a plain tensor .complex64"),
         (lambda t: t.int(), "conv1.weight is of torch.int32, not of floats"),
         (lambda t: t.fill_(torch.nan), "conv1.weight has values that are not finite"),
     ],
@@ -441,7 +459,7 @@ def test_a_compressed_archive_is_not_unpacked(tmp_path):
         for name in source.namelist():
             target.writestr(name, source.read(name))
     assert torch.load(packed, weights_only=True)  # or there would be nothing to refuse
-    with pytest.raises(UserError, match="a compressed archive"):
+    with pytest.raises(UserError, match="parts that claim to be larger than the file"):
         load_encoder(packed)
 
 
@@ -458,6 +476,104 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, content):
     shutil.rmtree(tmp_path)
     with pytest.raises(UserError, match="no such file"):
         load_encoder(path)
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path):
+    """As SimCLR's zips, and a `.pth.tar` that is a tar indeed."""
+    inside, paths = tmp_path / "model.ckpt-1.index", [tmp_path / f"a.{k}" for k in range(3)]
+    inside.write_bytes(b"x" * 1000)
+    with zipfile.ZipFile(paths[0], "w") as archive:
+        archive.write(inside, "ResNet50_1x/model.ckpt-1.index")
+    with tarfile.open(paths[1], "w") as archive:
+        archive.add(inside, "model.ckpt-1.index")
+    paths[2].write_bytes(gzip.compress(inside.read_bytes()))
+    for path in paths:
+        with pytest.raises(UserError, match=rf"^{path}: an archive; unpack it"):
+            load_encoder(path)
+
+
+def deflated(path):
+    """The same file with its parts compressed."""
+    with zipfile.ZipFile(path) as archive:
+        parts = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts:
+            archive.writestr(name, content)
+
+
+def wide(dtype):
+    """Hundreds of GB, of which one value is stored."""
+    return torch.zeros(1, dtype=dtype).expand(10**6, 10**5)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"encoder_q.fc.weight": wide(torch.float32)}, "claim to be larger than the file$"),
+        ({"encoder_q.fc.weight": wide(torch.float16)}, "claim to be larger than the file$"),
+        ({"encoder_q.fc.weight": torch.zeros(3, 7)}, r"in its head it is \(3, 512\)"),
+        ({"encoder_q.fc.0.x": torch.zeros(3)}, "lacks its head: 0.weight"),
+        ({"encoder_q.conv1.num_batches_tracked": wide(torch.int64)},
+         "claim to be larger than the file$"),
+        ({"encoder_q.conv1.weight": torch.zeros(64, 3, 7, 7, device="meta")}, "not a plain tensor"),
+        ({"encoder_q.bn1.bias": torch.zeros(64).to_sparse()}, r"not a plain tensor \(.*sparse"),
+        ({"encoder_q.bn1.bias": torch.zeros(64).cfloat()}, r"not a plain tensor \(complex64"),
+        ({"encoder_q.bn1.bias": torch.zeros(64).int()}, r"bias is of torch.int32, not of floats"),
+        ({"module.encoder_q.bn1.bias": torch.zeros(64)}, "would be the same tensor"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_tensors_of_other_kinds_or_sizes_than_they_claim(tmp_path, change, said):
+    state = {f"encoder_q.{key}": value for key, value in build("resnet18").state_dict().items()}
+    torch.save({"state_dict": state | change}, tmp_path / "a.pth.tar")
+    with pytest.raises(UserError, match=said) as caught:
+        load_encoder(tmp_path / "a.pth.tar")
+    assert "\n" not in str(caught.value)
+
+
+def test_compressed_parts_are_not_unpacked(tmp_path):
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(10**6)}}, tmp_path / "a.pth")
+    deflated(tmp_path / "a.pth")
+    assert torch.load(tmp_path / "a.pth")  # or the attack was none
+    for run, weights in ((tmp_path / "a.pth", ""), ("", f"torchvision:resnet18={tmp_path}/a.pth")):
+        with pytest.raises(UserError, match="parts that claim to be larger than the file"):
+            load_encoder(run, weights)
+
+
+def test_what_a_file_asks_for_beyond_weights_is_named(tmp_path):
+    torch.save({"state_dict": torch.nn.Linear(1, 1)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"asks for torch.nn.modules.linear.Linear, which is more"):
+        load_encoder(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("content", [{"model": {}, "epoch": 1}, {"model": torch.ones(3)}])
+def test_what_a_file_holds_instead_is_said(tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"holds no .*\bmodel\b"):
+        load_encoder(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"global_step": np.complex64(1j)}, ""),
+        ({"global_step": np.float32(np.nan)}, ""),
+        ({"base_model/conv2d/kernel": np.ones((7, 7, 3, 64), np.complex64)}, "array of complex64"),
+        ({"head_contrastive/nl_0/dense/kernel": np.ones((512, 7), np.float32)}, r"head it is \(7,"),
+        ({"head_contrastive/nl_0/dense/kernel": np.float32(1)}, r"head it is \(0, 512\)"),
+    ],
+)  # fmt: skip
+def test_variables_of_other_kinds_and_a_head_that_does_not_fit(tmp_path, change, said):
+    arrays = {k: np.ascontiguousarray(v) for k, v in simclr_variables("tf1_r18").items()}
+    parts = ("gamma", "beta", "moving_mean", "moving_variance")
+    head = {f"head_contrastive/nl_0/batch_norm/{part}": np.ones(3, np.float32) for part in parts}
+    head["head_contrastive/nl_0/dense/kernel"] = np.ones((512, 3), np.float32)
+    write_bundle(tmp_path / "model.ckpt-1", {**arrays, **head, **change})
+    if said:
+        with pytest.raises(UserError, match=said):
+            load_encoder(tmp_path)
+    else:
+        assert read_official(tmp_path).facts == {}
 
 
 def test_a_name_asks_for_no_memory(tmp_path):
