@@ -59,7 +59,8 @@ class Encoder:
     input: Preprocess
     name: str  # "encoder", "random", "pixels" or the value of --weights
     metadata: dict[str, Any] = field(default_factory=dict)  # the metadata of the exported file
-    layer: int = 0  # see `load`
+    layer: int = 0  # see `load_encoder`
+    notes: list[str] = field(default_factory=list)  # lines on what was left out or assumed
 
     @property
     def suffix(self) -> str:
@@ -70,7 +71,7 @@ class Encoder:
 def export_metadata(
     name: str, network: nn.Module, preprocess: Preprocess, published: str, norm: str = "bn"
 ) -> dict[str, Any]:
-    """The metadata by which `load` builds an exported encoder again.
+    """The metadata by which `load_encoder` builds an exported encoder again.
 
     Args:
         name: of the network, as in common/encoders.py.
@@ -141,7 +142,7 @@ def read_encoder(path: Path, layer: int = 0) -> Encoder:
         official = read_official(path)
         tensors = official.tensors
         tensors |= {f"head.{key}": value for key, value in official.head_tensors.items()}
-        return assembled(official.metadata, tensors, layer, path)
+        return replace(assembled(official.metadata, tensors, layer, path), notes=official.lines())
     path = exported if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run writes it at its first checkpoint")
@@ -176,6 +177,9 @@ def assembled(
         empty = not metadata["encoder"].startswith("timm:")
         with torch.device("meta") if empty else nullcontext():
             network = build(metadata, preprocess)
+        for key, value in network.state_dict().items():
+            if key in body and body[key].is_floating_point() != value.is_floating_point():
+                raise UserError(f"{key} is of {body[key].dtype}")
         network.load_state_dict(body, assign=empty)  # strict: each tensor must have its place
         if layer:
             head = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -281,10 +285,10 @@ def by_name(weights: str) -> Encoder:
     """
     kind, name = weights.split(":", 1)
     if kind in ("timm", "hf"):
-        from eval.weights.targets import from_hub, timm_repository
+        from eval.weights.hub import from_hub, timm_repository
 
-        network, preprocess, metadata = from_hub(timm_repository(name) if kind == "timm" else name)
-        return Encoder(network, preprocess, weights, metadata)
+        encoder = from_hub(timm_repository(name) if kind == "timm" else name)
+        return replace(encoder, name=weights)
     from eval.weights.official import content_of_torch
 
     name, _, file = name.partition("=")

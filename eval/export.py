@@ -70,6 +70,8 @@ features = model(images)""",
 def main(settings: Settings) -> None:
     s = settings
     encoder, out = load_encoder(s.run), Path(s.out)
+    for line in encoder.notes:
+        print(line)
     if s.to in targets.LAYOUTS:
         targets.refuse(encoder, s.to)
     with naming(out):

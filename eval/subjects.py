@@ -219,6 +219,8 @@ def subjects(
     source = given or recorded
     layer = s.layer if layer is None else layer
     encoders = [load_encoder(run, s.weights, layer)]
+    for line in encoders[0].notes if cli.is_first() else ():
+        print(line, file=sys.stderr)
     encoders += [load_encoder(run, name) for name in getattr(s, "baselines", ())]
     if not source:
         raise UserError("say on which images to judge: --data SOURCE")

@@ -198,12 +198,12 @@ def check_places(
 ) -> None:
     """Refuse tensors of a network that are missing, too many, or of another shape."""
     for words, keys in (
-        ("lacks", [key for key in expected if key not in found]),
-        ("has, beyond", [key for key in found if key not in expected]),
+        ("is missing", [key for key in expected if key not in found]),
+        ("is left over", [key for key in found if key not in expected]),
     ):
         if keys:
-            more = f" and {len(keys) - 1:,} more" if len(keys) > 1 else ""
-            raise UserError(f"{words} {name}: {keys[0]}{more}")
+            more = f", and {len(keys) - 1:,} more" if len(keys) > 1 else ""
+            raise UserError(f"not {name}: {keys[0]} {words}{more}")
     for key, shape in expected.items():
         if found[key] != shape:
             raise UserError(f"{key} has the shape {found[key]}, in {name} it is {shape}")
@@ -532,6 +532,12 @@ def _simclr_head(
 # ---- BYOL ----------------------------------------------------------------------------------------
 
 
+BASIC_BLOCKS = (
+    "assumed that blocks stride in their first convolution, as in Haiku since December 2020; before"
+    ", they did in the second, and the file does not tell"
+)
+
+
 def byol(content: Mapping[str, Any]) -> Official:
     """A checkpoint of deepmind-research/byol; its online network, as the paper judges it.
 
@@ -585,6 +591,7 @@ def byol(content: Mapping[str, Any]) -> Official:
         with_counters(head),
         left,
         {"step": step} if type(step := content.get("step")) is int else {},
+        [BASIC_BLOCKS] if BLOCKS[resnet.arch][0] is BasicBlock else [],
     )
 
 

@@ -16,7 +16,8 @@ import yaml
 import eval.export
 from common.errors import UserError
 from eval.encoder import Preprocess, build_seeded, load_encoder
-from eval.weights import card, targets
+from eval.weights import card
+from eval.weights.hub import from_hub
 from tests.eval.harness import judged, save_encoder, save_run
 from tests.helpers import evaluate
 
@@ -255,11 +256,10 @@ def test_to_the_hub_and_back(hub, tmp_path, capsys):
     assert ("POST", "/api/repos/create", "Bearer hf_secret") in hub.calls
 
     hub.files |= {"pytorch_model.bin": b"a pickle", "run.py": b"raise SystemExit"}
-    network, preprocess, metadata = targets.from_hub("owner/name")
-    ours = load_encoder(str(run))
-    theirs = network.state_dict()
+    encoder, ours = from_hub("owner/name"), load_encoder(str(run))
+    theirs = encoder.network.state_dict()
     assert all(value.equal(theirs[key]) for key, value in ours.network.state_dict().items())
-    assert preprocess == ours.input and metadata["encoder"] == "resnet18"
+    assert encoder.input == ours.input and encoder.metadata["encoder"] == "resnet18"
     fetched = {path.rpartition("/")[2] for _, path, _ in hub.calls if "/resolve/" in path}
     assert fetched == {"config.json", "model.safetensors"}
 
@@ -275,14 +275,14 @@ def test_other_files_of_the_folder_are_not_uploaded(hub, tmp_path):
 def test_weights_are_not_fetched_for_a_config_that_is_refused(hub):
     hub.files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"x" * 1000}
     with pytest.raises(UserError, match=r"^hf:owner/name: config\.json is of 'llama'"):
-        targets.from_hub("owner/name")
+        from_hub("owner/name")
     assert not [path for _, path, _ in hub.calls if path.endswith("model.safetensors")]
 
 
 def test_an_encoder_of_ours_on_the_hub(hub, tmp_path):
     path = run_of(tmp_path / "run") / "encoder.safetensors"
     hub.files = {path.name: path.read_bytes()}
-    assert targets.from_hub("owner/name")[2]["recipe"] == "demo"
+    assert from_hub("owner/name").metadata["recipe"] == "demo"
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_what_the_hub_refuses_is_one_line(hub, tmp_path, status, said):
     (tmp_path / "README.md").touch()
     for call in (
         lambda: card.push(tmp_path, "owner/name", ["README.md"]),
-        lambda: targets.from_hub("owner/name"),
+        lambda: from_hub("owner/name"),
     ):
         with pytest.raises(UserError, match="owner/name") as caught:
             call()
@@ -310,13 +310,13 @@ def test_a_hub_that_is_not_there_is_one_line(hub, tmp_path, monkeypatch):
         card.push(tmp_path, "owner/name", ["README.md"])
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="hf:owner/name: cannot be fetched"):
-        targets.from_hub("owner/name")
+        from_hub("owner/name")
     with pytest.raises(UserError, match="hf:nobody: no such folder, nor of the form owner/name"):
-        targets.from_hub("nobody")
+        from_hub("nobody")
 
 
 def test_a_local_folder_is_not_asked_of_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = run_of(tmp_path / "run")
     shutil.copytree(run, tmp_path / "owner" / "name")
-    assert targets.from_hub("owner/name")[2]["recipe"] == "demo" and not hub.calls
+    assert from_hub("owner/name").metadata["recipe"] == "demo" and not hub.calls

@@ -24,7 +24,7 @@ from common.errors import UserError
 from eval.encoder import Encoder, Preprocess, load_encoder
 from eval.features import prepare
 from eval.settings import Export
-from eval.weights import targets
+from eval.weights import hub, targets
 from tests.eval.harness import save_encoder, save_run
 from tests.helpers import ROOT, evaluate, rel
 
@@ -81,10 +81,10 @@ def assert_same(encoder, theirs):
 
 
 def assert_back(folder, encoder):
-    network, preprocess, metadata = targets.from_hub_folder(folder)
-    assert metadata["encoder"] == encoder.metadata["encoder"] and not network.training
-    assert preprocess == Preprocess(**vars(encoder.input) | tuples(encoder.input))
-    assert_same(encoder, network)
+    back = hub.from_hub_folder(folder)
+    assert back.metadata["encoder"] == encoder.metadata["encoder"] and not back.network.training
+    assert back.input == Preprocess(**vars(encoder.input) | tuples(encoder.input))
+    assert_same(encoder, back.network)
 
 
 def tuples(preprocess):  # as JSON has lists
@@ -355,9 +355,9 @@ def folders(files, tmp_path_factory):
 
 def test_a_folder_of_ours(files, tmp_path):
     shutil.copy(files["resnet18"], tmp_path / "encoder.safetensors")
-    network, preprocess, metadata = targets.from_hub_folder(tmp_path)
-    assert metadata["method"] == "simclr" and preprocess.mean == [0.4, 0.5, 0.6]
-    assert_same(load_encoder(files["resnet18"]), network)
+    encoder = hub.from_hub_folder(tmp_path)
+    assert encoder.metadata["method"] == "simclr" and encoder.input.mean == [0.4, 0.5, 0.6]
+    assert_same(load_encoder(files["resnet18"]), encoder.network)
 
 
 def changed(path, **changes):
@@ -372,8 +372,18 @@ def changed(path, **changes):
         ("timm", "config", {"architecture": "hf-hub:a/b"}, "timm has no network 'hf-hub:a/b'"),
         ("timm", "config", {"architecture": "../x"}, "timm has no network"),
         ("timm", "config", {"architecture": ["resnet18"]}, "timm has no network"),
-        ("timm", "config", {"architecture": "resnet50"}, "missing|not"),
-        ("timm", "config", {"architecture": "vit_giant_patch14_dinov2"}, "of another network"),
+        (
+            "timm",
+            "config",
+            {"architecture": "resnet50"},
+            "not resnet50: layer1.0.conv3.weight is missing, and 164 more",
+        ),
+        (
+            "timm",
+            "config",
+            {"architecture": "vit_giant_patch14_dinov2"},
+            "not timm:vit_giant_patch14_dinov2: cls_token is missing",
+        ),
         ("timm", "config", {"model_args": {"checkpoint_path": "/x"}}, "changed by checkpoint_path"),
         ("timm", "config", {"model_args": {"img_size": 10**9}}, "changed by img_size=1000000000"),
         ("timm", "config", {"pretrained_cfg": []}, "config.json"),
@@ -399,7 +409,7 @@ def test_a_config_that_lies_is_one_line(folders, tmp_path, layout, file, changes
     folder = shutil.copytree(folders[layout], tmp_path / "x")
     changed(folder / f"{file}.json", **changes)
     with pytest.raises(UserError, match=said) as caught:
-        targets.from_hub_folder(folder)
+        hub.from_hub_folder(folder)
     assert "\n" not in str(caught.value) and str(caught.value).startswith(str(folder))
 
 
@@ -408,7 +418,7 @@ def test_a_config_that_is_none(folders, tmp_path, content):
     folder = shutil.copytree(folders["timm"], tmp_path / "x")
     (folder / "config.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"config\.json"):
-        targets.from_hub_folder(folder)
+        hub.from_hub_folder(folder)
 
 
 class Payload:
@@ -422,10 +432,10 @@ def test_a_pickle_is_not_read(folders, tmp_path):
     for name in ("pytorch_model.bin", "model.pth"):
         torch.save({"x": Payload()}, folder / name)
     with pytest.raises(UserError, match=r"no model\.safetensors; other files of weights are not"):
-        targets.from_hub_folder(folder)
+        hub.from_hub_folder(folder)
     (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
     with pytest.raises(UserError, match="cannot be read"):
-        targets.from_hub_folder(folder)
+        hub.from_hub_folder(folder)
 
 
 def test_weights_that_lie_are_one_line(folders, tmp_path):
@@ -436,15 +446,24 @@ def test_weights_that_lie_are_one_line(folders, tmp_path):
 
     def refused(said):
         with pytest.raises(UserError, match=said) as caught:
-            targets.from_hub_folder(folder)
+            hub.from_hub_folder(folder)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(folder))
 
     for tensors, said in (
         ({key: value for key, value in state.items() if key != stem}, f"{stem} is missing"),
         (state | {"more": torch.ones(1)}, "more is left over"),
-        (state | {stem: torch.ones(64, 3, 3, 3)}, "is .64, 3, 3, 3., not .64, 3, 7, 7."),
-        (state | {stem: torch.ones(64, 3, 7, 7, dtype=torch.int8)}, "is torch.int8"),
-        (state | {stem: torch.full((64, 3, 7, 7), torch.nan)}, f"{stem} is not finite"),
+        (
+            state | {stem: torch.ones(64, 3, 3, 3)},
+            "has the shape .64, 3, 3, 3., in resnet18 it is .64, 3, 7, 7.",
+        ),
+        (
+            state | {stem: torch.ones(64, 3, 7, 7, dtype=torch.int8)},
+            "conv1.weight is of torch.int8",
+        ),
+        (
+            state | {stem: torch.full((64, 3, 7, 7), torch.nan)},
+            "conv1.weight has values that are not finite",
+        ),
     ):
         save_file(tensors, path)
         refused(said)
@@ -456,8 +475,8 @@ def test_weights_that_lie_are_one_line(folders, tmp_path):
 
 
 def test_where_timms_own_weights_are():
-    assert targets.timm_repository("resnet50") == "timm/resnet50.a1_in1k"
-    assert targets.timm_repository("resnet50.tv_in1k") == "timm/resnet50.tv_in1k"
+    assert hub.timm_repository("resnet50") == "timm/resnet50.a1_in1k"
+    assert hub.timm_repository("resnet50.tv_in1k") == "timm/resnet50.tv_in1k"
     for name, said in (
         ("resnet5", "no such network"),
         ("hf-hub:a/b", "no such network"),
@@ -465,10 +484,10 @@ def test_where_timms_own_weights_are():
         ("resnet200", "no weights of it on the Hub"),
     ):
         with pytest.raises(UserError, match=said):
-            targets.timm_repository(name)
+            hub.timm_repository(name)
 
 
-def test_the_classifier_of_a_folder_is_left_out_and_counted(folders, tmp_path, capsys):
+def test_the_classifier_of_a_folder_is_left_out_and_counted(folders, tmp_path):
     for layout, prefix, classifier in (
         ("timm", "", "fc"),
         ("transformers", "resnet.", "classifier.1"),
@@ -478,11 +497,9 @@ def test_the_classifier_of_a_folder_is_left_out_and_counted(folders, tmp_path, c
         state = {f"{prefix}{key}": value for key, value in load_file(path).items()}
         state |= {f"{classifier}.weight": torch.ones(10, 512), f"{classifier}.bias": torch.ones(10)}
         save_file(state, path)
-        network, _, _ = targets.from_hub_folder(folder)
-        assert "2 tensors of the classifier left out" in capsys.readouterr().err
-        assert_same(
-            Encoder(targets.from_hub_folder(folders[layout])[0], Preprocess(64), ""), network
-        )
+        encoder = load_encoder("", f"hf:{folder}")
+        assert encoder.notes == [f"{path}: 2 tensors of the classifier left out"]
+        assert_same(hub.from_hub_folder(folders[layout]), encoder.network)
 
 
 # ---- graphs --------------------------------------------------------------------------------------

@@ -257,7 +257,7 @@ def test_a_changed_byte_is_refused_or_read(tmp_path):
     whole = write_byol(path, PARAMS, STATE).read_bytes()
     generator = np.random.default_rng(0)
     refused = 0
-    for place in range(2, len(whole), 5):
+    for place in range(2, len(whole), 15):
         changed = bytearray(whole)
         changed[place] = generator.integers(256)
         path.write_bytes(changed)
@@ -265,7 +265,7 @@ def test_a_changed_byte_is_refused_or_read(tmp_path):
             pickles.read(path)
         except UserError:
             refused += 1
-    assert refused > 100
+    assert refused > 30
 
 
 def test_small_steps_come_to_an_end(tmp_path, monkeypatch):
