@@ -209,6 +209,9 @@ def check_metadata(metadata: dict[str, Any], preprocess: Preprocess) -> None:
     for key in texts:
         if not isinstance(metadata.get(key, ""), str):
             raise ValueError(f"{key} {metadata[key]!r:.80}, not a text")
+    head = metadata.get("head", [])
+    if not isinstance(head, list) or len(head) > 100 or not all(isinstance(x, str) for x in head):
+        raise ValueError(f"head {head!r:.80}, not the classes of at most 100 layers")
     if (stored := metadata.get("value_range")) is not None and not is_range(stored):
         raise ValueError(f"value_range {stored!r:.80}, not two numbers, the lower first")
     if not isinstance(metadata.get("clip", True), bool):

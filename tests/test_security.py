@@ -215,6 +215,8 @@ def of_before(arch, stem):
         {"recipe": {"a": 1}},
         {"epochs": "many"},
         {"published": ["unhashable"]},
+        {"head": 5},
+        {"head": ["ReLU"] * 101},
         {"input": PREPROCESS | {"size": 10**9}},
         {"input": PREPROCESS | {"size": -1}},
         {"input": PREPROCESS | {"size": True}},
