@@ -58,6 +58,8 @@ def main(settings: Settings) -> None:
         results += found
         for line in older:
             print(f"left out: {line}", file=sys.stderr)
+        if settings.report and not (run / "config.json").exists():
+            raise UserError(f"--report: {run} holds an encoder alone, and no training to draw")
     if settings.keep:
         page.keep(results, Path(settings.keep))
     out = Path(settings.out or settings.runs[0])

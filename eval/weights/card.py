@@ -97,7 +97,7 @@ def card(encoder: Encoder, run: Path, layout: str, license: str, name: str = "")
         "## Results\n",
         measurements(run),
         "## Licence\n",
-        licence(license),
+        licence(license, origin(metadata)),
     ]
     return "\n".join(parts)
 
@@ -134,6 +134,7 @@ def trained(metadata: Mapping[str, Any], config: Mapping[str, Any], run: Path) -
     rows = {
         "method": METHODS.get(metadata.get("method", ""), metadata.get("method")),
         "recipe": metadata.get("recipe"),
+        "weights of": origin(metadata),
         "network": metadata["encoder"],
         "images": config.get("data"),
         "number of images": f"{known['images']:,}" if "images" in known else None,
@@ -172,8 +173,20 @@ def measurements(run: Path) -> str:
     return text
 
 
-def licence(license: str) -> str:
+def origin(metadata: Mapping[str, Any]) -> str:
+    """Where weights come from that were not trained here; "" for those that were."""
+    known = metadata.get("official")
+    if not isinstance(known, Mapping):
+        return ""
+    facts = [f"{name} {known[name]}" for name in ("epoch", "step", "file") if name in known]
+    return f"another's checkpoint: {', '.join([str(known.get('kind', '')), *facts])}"
+
+
+def licence(license: str, origin: str = "") -> str:
     terms = "the images that it was trained on may have terms of their own"
+    if origin:  # the licence of this code gives no right to them
+        said = "None was stated here" if license == "unknown" else f"Stated here: {license}"
+        return f"{said}. The weights are under the terms of those who published them; {terms}.\n"
     if license == "unknown":
         return (
             "The code that trained it, ssl-reference, has the MIT licence. None was stated for "

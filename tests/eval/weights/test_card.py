@@ -13,6 +13,7 @@ import huggingface_hub.constants
 import pytest
 import yaml
 
+import eval.compare
 import eval.export
 from common.errors import UserError
 from eval.encoder import Preprocess, build_seeded, load_encoder
@@ -126,6 +127,25 @@ def test_names_cannot_break_the_card(tmp_path):
     about, text = card_of(path)
     assert about["license"] == "unknown" and about["tags"] == ["self-supervised-learning"]
     assert "<script>" not in text and "\n---\n" not in text
+
+
+@pytest.mark.parametrize("license", ["unknown", "cc-by-nc-4.0"])
+def test_weights_of_others_are_not_said_to_be_trained_here(run, tmp_path, capsys, license):
+    """In a folder of their own, judged, which has no config of a run."""
+    path = shutil.copytree(run / "results", tmp_path / "moco" / "results").parent
+    network = build_seeded({"encoder": "resnet18"}, Preprocess.of(32))
+    official = {"kind": "MoCo v2", "epoch": 200, "file": "a|b.pth.tar"}
+    save_encoder(path / "encoder.safetensors", network, "resnet18", official=official)
+    about, text = card_of(path, license=license)
+    assert r"checkpoint: MoCo v2, epoch 200, file a\|b.pth.tar |" in text and "71.2" in text
+    assert about["license"] == license and (license == "unknown" or license in text)
+    said = text.rpartition("## Licence")[2]
+    assert "under the terms of those who published them" in said and "MIT" not in said
+    evaluate(eval.compare, str(path))
+    assert "71.2" in (path / "compare.md").read_text()
+    with pytest.raises(SystemExit):
+        evaluate(eval.compare, str(path), "--report", str(tmp_path / "report"))
+    assert f"error: --report: {path} holds an encoder alone" in capsys.readouterr().err
 
 
 def test_a_damaged_record_is_one_line(tmp_path):
