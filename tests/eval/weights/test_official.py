@@ -499,7 +499,7 @@ def wide(dtype):
         ({"encoder_q.fc.weight": wide(torch.float32)}, "claim to be larger than the file$"),
         ({"encoder_q.fc.weight": wide(torch.float16)}, "claim to be larger than the file$"),
         ({"encoder_q.fc.weight": torch.zeros(3, 7)}, r"in its head it is \(3, 512\)"),
-        ({"encoder_q.fc.0.x": torch.zeros(3)}, "lacks its head: 0.weight"),
+        ({"encoder_q.fc.0.x": torch.zeros(3)}, "not its head: 0.weight is missing"),
         ({"encoder_q.conv1.num_batches_tracked": wide(torch.int64)},
          "claim to be larger than the file$"),
         ({"encoder_q.conv1.weight": torch.zeros(64, 3, 7, 7, device="meta")}, "not a plain tensor"),
