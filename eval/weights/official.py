@@ -203,7 +203,7 @@ def check_places(
     ):
         if keys:
             more = f", and {len(keys) - 1:,} more" if len(keys) > 1 else ""
-            raise UserError(f"not {name}: {keys[0]} {words}{more}")
+            raise UserError(f"{name}: {keys[0]} {words}{more}")
     for key, shape in expected.items():
         if found[key] != shape:
             raise UserError(f"{key} has the shape {found[key]}, in {name} it is {shape}")
