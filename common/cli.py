@@ -97,12 +97,24 @@ def parse_settings(kind: type[C], argv: Sequence[str], prog: str, description: s
     for target in (getattr(settings, "run", ""), *getattr(settings, "runs", ())):
         checkpoint = Path(f"{target}.index")  # TensorFlow's, whose files are named without endings
         if target and not Path(target).exists() and not checkpoint.exists():
-            raise UserError(f"{target}: no such file; a run writes it at its first checkpoint")
+            raise UserError(f"{target}: {_missing(target)}")
     sources = getattr(settings, "data", "")
     for source in (sources,) if isinstance(sources, str) else sources:
         if source:
             check_source(source)
     return settings
+
+
+def _missing(target: str) -> str:
+    """What to say of a run or a file that is not there."""
+    kind, colon, name = target.partition(":")
+    if name.startswith("//"):
+        return "an address; download it first, and give the file or folder"
+    if colon and kind in ("hf", "random", "timm", "torchvision"):
+        return f"no file; this is for --weights {target}"
+    if Path(target).suffix in ("", ".safetensors"):
+        return "no such file; a run writes it at its first checkpoint"
+    return "no such file"
 
 
 def run(function: Callable[..., T], *args: Any) -> T:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 
 from common.errors import LOST_WORKER, UserError, shown
 
+os.umask(UMASK := os.umask(0))  # there is no way to ask for it alone
+
 
 @contextlib.contextmanager
 def naming(target: Path) -> Iterator[None]:
@@ -44,6 +46,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
     try:
         with naming(target):
             yield aside
+            aside.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read what it writes
             with open(aside, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(aside, target)

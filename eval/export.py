@@ -42,16 +42,20 @@ from eval.results.record import plural
 from eval.weights import card, targets
 
 TOLERANCE = 1e-5  # of the largest feature
-LOADING = {  # two lines that load the files again
+LOADING = {  # lines that load the files again
     "torchvision": """\
+import torch, torchvision
 model = torchvision.models.{arch}(); model.fc = torch.nn.Identity()
-model.load_state_dict(torch.load({file!r}, weights_only=True))""",
+model.load_state_dict(torch.load({file!r}, weights_only=True)); model.eval()""",
     "timm": """\
+import timm
 model = timm.create_model({model!r}, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))""",
     "transformers": """\
-model = transformers.AutoModel.from_pretrained({out!r}).eval()  # .pooler_output.flatten(1)
-processor = transformers.AutoImageProcessor.from_pretrained({out!r})""",
+import transformers
+model = transformers.AutoModel.from_pretrained({out!r}).eval()
+processor = transformers.AutoImageProcessor.from_pretrained({out!r})
+# features = model(**processor(image, return_tensors="pt")).pooler_output.flatten(1)""",
     "detectron2": """\
 model = detectron2.modeling.build_model(cfg)  # with DEPTH and RES2_OUT_CHANNELS of the network
 detectron2.checkpoint.DetectionCheckpointer(model).load({file!r})""",
@@ -59,11 +63,14 @@ detectron2.checkpoint.DetectionCheckpointer(model).load({file!r})""",
 git clone https://github.com/facebookresearch/moco && cd moco/detection
 python train_net.py --num-gpus 8 --config-file {config!r}""",
     "onnx": """\
+import onnxruntime
 session = onnxruntime.InferenceSession({file!r})
-(features,) = session.run(None, {{"images": images}})""",
+(features,) = session.run(None, {{"images": images}})  # of NumPy""",
     "pt2": """\
+import torch
 model = torch.export.load({file!r}).module()
-features = model(images)""",
+with torch.inference_mode():
+    features = model(images)""",
 }
 
 
@@ -74,10 +81,12 @@ def main(settings: Settings) -> None:
         print(line)
     if s.to in targets.LAYOUTS:
         targets.refuse(encoder, s.to)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: a file; give a folder")
     with naming(out):
         out.mkdir(parents=True, exist_ok=True)
-        if s.to in card.SNIPPETS and not is_free(out):
-            raise UserError(f"--out {out}: holds other files; give a folder of its own")
+        if s.to in card.SNIPPETS and (there := in_the_way(out, s.to)):
+            raise UserError(f"--out {out}: holds {there}; give a folder of its own")
         holder = tempfile.TemporaryDirectory(prefix=".export-", dir=out)
     with holder as name:
         try:
@@ -98,9 +107,17 @@ def main(settings: Settings) -> None:
         print(card.push(out, s.push, files))
 
 
-def is_free(folder: Path) -> bool:
-    """Whether a folder is empty or an earlier export: its config.json may be that of a run."""
-    return not any(folder.iterdir()) or (folder / targets.WEIGHTS).exists()
+def in_the_way(folder: Path, layout: str) -> str:
+    """What in a folder is not of an earlier export in the same layout; "" where nothing is."""
+    if not any(folder.iterdir()):
+        return ""
+    known = {"timm": '"architecture"', "transformers": '"model_type"'}
+    config = folder / targets.CONFIG
+    text = config.read_text(errors="replace") if config.is_file() else ""
+    if (folder / targets.WEIGHTS).exists() and known[layout] in text:
+        return ""
+    others = [name for name, key in known.items() if key in text]
+    return f"an export for {others[0]}" if others else "other files"
 
 
 def write(encoder: Encoder, settings: Settings, aside: Path, out: Path) -> list[str]:

@@ -168,7 +168,7 @@ class Export:
     run: Target = ""  # a run's folder, an encoder.safetensors, or an official checkpoint
     to: Literal["", "torchvision", "timm", "transformers", "onnx", "pt2", "detectron2"] = ""
     """the format; docs/export.md says what each can hold"""
-    out: str = ""  # folder to write into; files of the same names are replaced
+    out: str = ""  # folder to write into; an earlier export in the same format is replaced
     push: str = ""  # also upload to owner/name on the Hub; with --to timm or transformers
     license: str = "unknown"
     """of the weights, for the model card: an identifier of the Hub, such as mit or cc-by-4.0"""
@@ -178,7 +178,7 @@ class Export:
         if not self.run:
             raise ValueError("say which RUN to export: a run's folder or an encoder.safetensors")
         if not self.to:
-            raise ValueError("--to: torchvision, timm, transformers, onnx, pt2 or detectron2")
+            raise ValueError("--to which? torchvision, timm, transformers, onnx, pt2, detectron2")
         if not self.out.strip():
             raise ValueError("--out: say into which folder")
         if self.push and self.to not in ("timm", "transformers"):

@@ -212,9 +212,10 @@ def subjects(
         UserError: there is no run and no weights, or no data for weights without a run.
     """
     s, run = settings, settings.run
-    folder = Path(run) if run and Path(run).is_dir() else None
     # a folder may also hold an encoder alone, such as one of the papers' authors
-    config = config_of(folder) if folder and (folder / "config.json").exists() else {}
+    records = [Path(run) / name for name in ("config.json", "encoder.safetensors")] if run else []
+    folder = Path(run) if any(path.exists() for path in records) else None
+    config = config_of(folder) if folder and records[0].exists() else {}
     given, recorded = s.data if source is None else source, config.get("data", "")
     source = given or recorded
     layer = s.layer if layer is None else layer
@@ -224,6 +225,12 @@ def subjects(
     encoders += [load_encoder(run, name) for name in getattr(s, "baselines", ())]
     if not source:
         raise UserError("say on which images to judge: --data SOURCE")
+    if folder is None and cli.is_first():
+        print(
+            "results are printed alone, and a stopped judgement starts over: there is no folder of "
+            "a run to keep them in (python -m eval.weights makes one of a checkpoint)",
+            file=sys.stderr,
+        )
     of_run = folder is not None and bool(config) and is_of_run(source, folder, config)
     told = {name: value for name in SOURCE_FLAGS if (value := getattr(s, name)) not in (None, "")}
     # a range of values belongs to the encoder, as a mean does, whatever the images

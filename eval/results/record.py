@@ -29,6 +29,7 @@ PROTOCOLS = {
     "simclr": "SimCLR's protocol",
     "simclr-v2": "SimCLR v2's protocol",
     "moco": "MoCo's protocol",
+    "moco-v3": "MoCo v3's protocol",
     "byol": "BYOL's protocol",
     "simsiam": "SimSiam's protocol",
     "features": "on features",

@@ -3,6 +3,7 @@
     python -m eval.weights moco_v2_800ep_pretrain.pth.tar --out moco-v2/encoder.safetensors
     python -m eval.weights ResNet50_1x/model.ckpt-225206 --out simclr-v1/encoder.safetensors
     python -m eval.weights pretrain_res50x1.pkl --out byol/encoder.safetensors
+    python -m eval.linear byol --data ILSVRC/imagenet-1k     # results are kept in the folder
 
 What a file is, is found from its content: MoCo's v1, v2 and v3 (ResNet), SimCLR's v1 and v2 as
 TensorFlow checkpoints or SavedModels, of every width and with selective kernels, BYOL's, or a plain
@@ -34,7 +35,11 @@ def main(settings: Settings) -> None:
     """Read, write, and read again what was written."""
     source, out = Path(settings.run), Path(settings.out)
     if source.suffix == ".safetensors" and not format_of(source):
-        raise UserError(f"{source}: already of this format")
+        raise UserError(f"{source}: already of this format; judge it as it is")
+    if (source / "encoder.safetensors").exists():
+        raise UserError(f"{source}: has an encoder.safetensors; judge it as it is")
+    if out.exists():
+        raise UserError(f"--out {out}: already there; give another file, or remove it")
     official = read_official(source)
     for line in official.lines():
         print(line)
@@ -46,7 +51,9 @@ def main(settings: Settings) -> None:
         metadata = {key: to_json(value) for key, value in known.items()}
         save_file(official.tensors | head, aside, metadata=metadata)
     load_encoder(out)
-    print(f"{out}: written. To judge it: python -m eval.linear {out} --data ILSVRC/imagenet-1k")
+    kept = out.name == "encoder.safetensors"  # then its folder is as good as a run's
+    target = out.parent if kept else out
+    print(f"{out}: written; next: python -m eval.linear {target} --data ILSVRC/imagenet-1k")
 
 
 if __name__ == "__main__":

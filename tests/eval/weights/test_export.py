@@ -316,7 +316,7 @@ def test_a_folder_with_other_files_is_left_alone(files, tmp_path, capsys):
     ("words", "said"),
     [
         ("", "say which RUN to export"),
-        ("RUN", "--to: torchvision, timm, transformers, onnx, pt2 or detectron2"),
+        ("RUN", "--to which\? torchvision, timm, transformers, onnx, pt2, detectron2"),
         ("RUN --to timm", "--out: say into which folder"),
         ("RUN --to onnx --out x --push a/b", "--push: with --to timm or transformers, not onnx"),
         ("RUN --to timm --out x --push name", "--push name: not of the form owner/name"),

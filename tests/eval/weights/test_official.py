@@ -111,7 +111,7 @@ def test_what_a_checkpoint_holds_is_found_and_what_is_left_out_counted(simclr_v1
     assert "SimCLR v1, step 225,206: resnet50-simclr, 23.6 million values" in told
     assert "Linear, BatchNorm1d, ReLU, Linear, BatchNorm1d" in told
     assert re.search(r"left out, .*Momentum \(55\), ema_model \(1\), head_supervised \(1\)\n", told)
-    assert f"python -m eval.linear {out} --data ILSVRC/imagenet-1k" in told
+    assert f"python -m eval.linear {out.parent} --data ILSVRC/imagenet-1k" in told
     encoder = load_encoder(out)
     assert encoder.metadata["method"] == "simclr" and encoder.input.mean is None
     assert (encoder.input.size, encoder.input.crop) == (224, 0.875)
