@@ -140,8 +140,8 @@ def read_encoder(path: Path, layer: int = 0) -> Encoder:
     path = exported if (exported := path / "encoder.safetensors").is_file() else path
     if path.suffix != ".safetensors" and format_of(path):
         official = read_official(path)
-        tensors = official.tensors
-        tensors |= {f"head.{key}": value for key, value in official.head_tensors.items()}
+        head = {f"head.{key}": value for key, value in official.head_tensors.items()}
+        tensors = official.tensors | head
         return replace(assembled(official.metadata, tensors, layer, path), notes=official.lines())
     path = exported if path.is_dir() else path
     if not path.is_file():

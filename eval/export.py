@@ -27,6 +27,7 @@ if __name__ == "__main__":  # a mistake is reported before torch is imported
     )
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ from eval.encoder import Encoder, load_encoder
 from eval.results.record import plural
 from eval.weights import card, targets
 
+ASIDE = ".export-"  # the first letters of the folder that is written to
 TOLERANCE = 1e-5  # of the largest feature
 LOADING = {  # lines that load the files again
     "torchvision": """\
@@ -85,9 +87,11 @@ def main(settings: Settings) -> None:
         raise UserError(f"--out {out}: a file; give a folder")
     with naming(out):
         out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob(f"{ASIDE}*"):  # by a kill
+            shutil.rmtree(left)
         if s.to in card.SNIPPETS and (there := in_the_way(out, s.to)):
             raise UserError(f"--out {out}: holds {there}; give a folder of its own")
-        holder = tempfile.TemporaryDirectory(prefix=".export-", dir=out)
+        holder = tempfile.TemporaryDirectory(prefix=ASIDE, dir=out)
     with holder as name:
         try:
             lines = write(encoder, settings, Path(name), out)
@@ -189,7 +193,7 @@ def difference(encoder: Encoder, features: Callable[[Tensor], Tensor]) -> float:
     ours, theirs = encoder.network(images), features(images)
     if ours.shape != theirs.shape:
         return torch.inf
-    return ((theirs - ours).abs().max() / ours.abs().max()).item()
+    return ((theirs - ours).abs().max() / ours.abs().max().clamp_min(1e-30)).item()
 
 
 def loading(encoder: Encoder, layout: str, out: Path, files: list[str]) -> str:

@@ -309,7 +309,21 @@ def test_a_folder_with_other_files_is_left_alone(files, tmp_path, capsys):
     assert "holds other files" in capsys.readouterr().err
     assert (run / "config.json").read_bytes() == before
     for _ in range(2):
+        (tmp_path / "out" / ".export-of-a-kill").mkdir(parents=True)
         export(files["resnet18"], "timm", tmp_path / "out")
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        assert names == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_features_that_are_all_zero_are_no_difference(tmp_path):
+    """Of an encoder that has collapsed."""
+    network = encoders.build("resnet18", 3, 64)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.zeros_(module.weight)
+    path = save_encoder(tmp_path / "x.safetensors", network, "resnet18", Preprocess(64))
+    export(path, "torchvision", tmp_path / "out")
+    assert (tmp_path / "out" / "resnet18.pth").exists()
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,7 @@ def test_what_a_checkpoint_holds_is_found_and_what_is_left_out_counted(simclr_v1
     assert (encoder.input.size, encoder.input.crop) == (224, 0.875)
     assert encoder.input.interpolation == "bicubic"
     assert encoder.metadata["official"]["file"] == "model.ckpt-225206"
+    assert "23.6 million values" in load_encoder(simclr_v1).notes[0]  # nor those of the head
     assert torch.equal(features(encoder, 57, 71), features(load_encoder(simclr_v1), 57, 71))
     hidden = load_encoder(out, layer=1)  # of the head, which comes along
     assert hidden.network.num_features == 2048 and load_encoder(out, layer=-1) is not None
