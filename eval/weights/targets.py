@@ -21,7 +21,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from common import encoders
 from common.cli import require
 from common.errors import UserError
-from common.files import atomic_write, atomic_write_bytes
+from common.files import atomic_write, atomic_write_bytes, utf8_name
 from eval import encoder as judged
 from eval.encoder import Encoder, Preprocess
 
@@ -128,7 +128,7 @@ def to_timm(encoder: Encoder, folder: Path, license: str = "unknown") -> Feature
     if own["fixed_input_size"]:
         config["model_args"] = {"img_size": given.size}
     write_folder(folder, state_of(encoder), {CONFIG: config})
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return timm.create_model(f"local-dir:{utf8_name(folder)}", pretrained=True).eval()
 
 
 def to_transformers(encoder: Encoder, folder: Path) -> Features:
@@ -175,7 +175,7 @@ def to_transformers(encoder: Encoder, folder: Path) -> Features:
     write_folder(folder, state, {CONFIG: config, PROCESSOR: processor})
     transformers.utils.logging.disable_progress_bar()
     load: Any = transformers.ResNetModel.from_pretrained
-    model, found = load(folder, output_loading_info=True)
+    model, found = load(utf8_name(folder), output_loading_info=True)
     if problems := {kind: keys for kind, keys in found.items() if keys}:
         raise UserError(f"transformers does not take all of {folder}: {problems!s:.200}")
     model.eval()

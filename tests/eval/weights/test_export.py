@@ -149,6 +149,13 @@ def assert_prepared(encoder, theirs):
     assert found.shape == ours.shape and (found - ours).abs().max() < step
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("layout", ["timm", "transformers"])
+def test_a_folder_whose_name_is_not_utf8(files, tmp_path, layout):
+    out = export(files["resnet18"], layout, tmp_path / "caf\udce9")
+    assert_back(out, load_encoder(files["resnet18"]))
+
+
 @pytest.mark.parametrize(
     ("name", "channels"), [("timm:test_vit", 3), ("timm:test_vit", 2), ("timm:test_resnet", 3)]
 )
