@@ -200,19 +200,16 @@ class VariantResNet(torchvision.models.ResNet):
     def _make_layer(
         self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False
     ) -> nn.Sequential:
-        first_group = planes == 64
-        if first_group:
+        if planes == 64:  # the first group, behind the stem
             self.inplanes = 64 * self.name.width
         inputs = self.inplanes
         layer = super()._make_layer(block, planes * self.name.width, blocks, stride, dilate)
         # CODE: both official ResNets project the first shortcut of every group, so that of
         # ResNet-18 and 34 has one more convolution than torchvision's.
-        if (first_group and self.name.padding) or self.name.sk:
-            shortcut: list[nn.Module] = []
-            if self.name.sk:
-                shortcut = _resnet_d_pool(stride)
-            conv = nn.Conv2d(inputs, self.inplanes, 1, 1 if self.name.sk else stride, bias=False)
-            layer[0].downsample = nn.Sequential(*shortcut, conv, nn.BatchNorm2d(self.inplanes))
+        if self.name.sk or (self.name.padding and planes == 64):
+            pool = _resnet_d_pool(stride) if self.name.sk else []
+            conv = nn.Conv2d(inputs, self.inplanes, kernel_size=1, bias=False)
+            layer[0].downsample = nn.Sequential(*pool, conv, nn.BatchNorm2d(self.inplanes))
         if self.name.sk:
             for place, module in enumerate(layer):
                 width = planes * self.name.width

@@ -187,6 +187,8 @@ def assembled(
         for key, value in tensors.items():
             if not value.isfinite().all():
                 raise UserError(f"{key} has values that are not finite")
+            if key.endswith("running_var") and (value < 0).any():
+                raise UserError(f"{key} has negative values, which no variance has")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:

@@ -21,6 +21,7 @@ from common.plan import Plan, differences, listing, plan_of
 from eval.encoder import Encoder, Preprocess, load_encoder
 from eval.features import MEMORY_GB, cached, digest_of, encode
 from eval.processes import place
+from eval.settings import Tested
 from eval.splits import hold_out_fifth, open_labelled, open_validation
 from eval.training import Crops, Order
 
@@ -213,25 +214,28 @@ def subjects(
     """
     s, run = settings, settings.run
     # a folder may also hold an encoder alone, such as one of the papers' authors
-    records = [Path(run) / name for name in ("config.json", "encoder.safetensors")] if run else []
-    folder = Path(run) if any(path.exists() for path in records) else None
-    config = config_of(folder) if folder and records[0].exists() else {}
+    folder = Path(run) if run and Path(run).is_dir() else None
+    has_config = folder is not None and (folder / "config.json").exists()
+    if folder and not has_config and not (folder / "encoder.safetensors").exists():
+        folder = None  # a checkpoint of TensorFlow, which stays as it was fetched
+    config = config_of(folder) if folder and has_config else {}
+    tell = cli.is_first() and (source is None or source == s.data[0])  # once for several sources
     given, recorded = s.data if source is None else source, config.get("data", "")
     source = given or recorded
     layer = s.layer if layer is None else layer
     encoders = [load_encoder(run, s.weights, layer)]
-    for line in encoders[0].notes if cli.is_first() else ():
+    for line in encoders[0].notes if tell else ():
         print(line, file=sys.stderr)
     encoders += [load_encoder(run, name) for name in getattr(s, "baselines", ())]
     if not source:
         raise UserError("say on which images to judge: --data SOURCE")
-    if folder is None and cli.is_first():
+    if folder is None and tell and isinstance(s, Tested):
         print(
             "results are printed alone, and a stopped judgement starts over: there is no folder of "
             "a run to keep them in (python -m eval.weights makes one of a checkpoint)",
             file=sys.stderr,
         )
-    of_run = folder is not None and bool(config) and is_of_run(source, folder, config)
+    of_run = folder is not None and has_config and is_of_run(source, folder, config)
     told = {name: value for name in SOURCE_FLAGS if (value := getattr(s, name)) not in (None, "")}
     # a range of values belongs to the encoder, as a mean does, whatever the images
     own = {"value_range": known} if (known := encoders[0].metadata.get("value_range")) else {}

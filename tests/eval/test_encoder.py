@@ -97,6 +97,11 @@ def test_what_is_no_encoder(tmp_path):
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(UserError, match="not an exported encoder"):
         load_encoder(str(path))
+    broken = build_seeded({"encoder": "demo"}, Preprocess.of(24))
+    broken.layers[1].running_var[3] = -1
+    save_encoder(path, broken)
+    with pytest.raises(UserError, match=r"layers\.1\.running_var has negative values"):
+        load_encoder(str(path))
     save_encoder(path, DEMO, encoder="no_such_net")
     with pytest.raises(UserError, match="no_such_net"):
         load_encoder(str(path))

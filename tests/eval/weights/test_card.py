@@ -158,6 +158,9 @@ def test_a_damaged_record_is_one_line(tmp_path):
 # ---- the Hub -------------------------------------------------------------------------------------
 
 
+TIMMS = "timm/resnet18.a1_in1k"  # the model in which the Hub has timm's resnet18
+
+
 class Hub(http.server.ThreadingHTTPServer):
     """What the Hub answers to `create_repo`, `upload_folder` and `snapshot_download`.
 
@@ -190,8 +193,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def do(self):
         hub, path = self.server, self.path.partition("?")[0]
+        asked, path = path, path.replace(TIMMS, "owner/name")
         sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        hub.calls.append((self.command, path, self.headers.get("Authorization")))
+        hub.calls.append((self.command, asked, self.headers.get("Authorization")))
         if path == "/api/agent-harnesses":  # which the client asks for, and can do without
             self.say({}, 404)
         elif hub.status != 200:
@@ -282,6 +286,20 @@ def test_to_the_hub_and_back(hub, tmp_path, capsys):
     assert encoder.input == ours.input and encoder.metadata["encoder"] == "resnet18"
     fetched = {path.rpartition("/")[2] for _, path, _ in hub.calls if "/resolve/" in path}
     assert fetched == {"config.json", "model.safetensors"}
+
+
+def test_weights_by_timms_name_and_by_the_hubs(hub, tmp_path, capsys):
+    """As `--weights` of an evaluation."""
+    run, out = run_of(tmp_path / "run"), tmp_path / "out"
+    evaluate(eval.export, run, "--to", "timm", "--out", out, "--push", "owner/name")
+    ours = load_encoder(str(run)).network.state_dict()
+    for weights, model in (("timm:resnet18", TIMMS), ("hf:owner/name", "owner/name")):
+        encoder = load_encoder("", weights)
+        theirs = encoder.network.state_dict()
+        assert encoder.name == weights and all(v.equal(theirs[k]) for k, v in ours.items())
+        assert any(path.startswith(f"/{model}/resolve/") for _, path, _ in hub.calls)
+    with pytest.raises(UserError, match="no such network, or not of that tag"):
+        load_encoder("", "timm:resnet18.of_mine")
 
 
 def test_other_files_of_the_folder_are_not_uploaded(hub, tmp_path):

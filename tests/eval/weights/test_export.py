@@ -149,7 +149,6 @@ def assert_prepared(encoder, theirs):
     assert found.shape == ours.shape and (found - ours).abs().max() < step
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 @pytest.mark.parametrize("layout", ["timm", "transformers"])
 def test_a_folder_whose_name_is_not_utf8(files, tmp_path, layout):
     out = export(files["resnet18"], layout, tmp_path / "caf\udce9")
