@@ -115,7 +115,8 @@ def to_timm(encoder: Encoder, folder: Path, license: str = "unknown") -> Feature
         "std": std,
         "num_classes": 0,
         "pool_size": None,
-        "first_conv": known.first_conv if known else None,
+        # timm before 1.0.31 takes every named first layer for one of 3 channels
+        "first_conv": known.first_conv if known and channels == 3 else None,
         "classifier": known.classifier if known else None,
         "license": license,
     }

@@ -229,7 +229,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.say({"commitUrl": url, "commitOid": self.SHA, "success": True})
         elif path in ("/api/models/owner/name", "/api/models/owner/name/revision/main"):
             self.say({"id": "owner/name", "sha": self.SHA, "siblings": []})
-        elif path == f"/api/models/owner/name/tree/{self.SHA}":
+        elif path.startswith("/api/models/owner/name/tree/"):
             tree = [
                 {"type": "file", "path": name, "size": len(content), "oid": self.oid(content)}
                 for name, content in hub.files.items()
