@@ -865,5 +865,6 @@ def _like(values: Tensor, images: Tensor) -> Tensor:
 
 def send(values: Tensor, device: torch.device) -> Tensor:
     """Copy to the device without waiting for it, which requires pinned memory."""
-    values = values.pin_memory() if device.type == "cuda" else values
+    # what is expanded has one number in several places, which cannot be pinned as it is
+    values = values.contiguous().pin_memory() if device.type == "cuda" else values
     return values.to(device, non_blocking=True)

@@ -667,3 +667,28 @@ def test_neither_threads_nor_neighbours_change_a_view(monkeypatch, size):
     torch.set_num_threads(1)
     assert torch.equal(batched(images[:1], u[:1]), views[:1])
     assert torch.equal(batched(images[5:], u[5:]), views[5:])
+
+
+# On an accelerator
+
+
+def test_a_parameter_that_is_expanded_can_be_pinned(monkeypatch):
+    """Pinned memory is laid out as what is copied into it, so each number needs a place of its own;
+    the blur's windows, the same for all pixels of an image, stopped the first run on a GPU."""
+
+    def pin(values):
+        memory = torch.empty_strided(values.shape, values.stride()).copy_(values)
+        return type("Pinned", (), {"to": lambda _, device, non_blocking: memory})()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    values = torch.rand(2, 1, 3).expand(-1, 4, -1)
+    assert torch.equal(augment.send(values, torch.device("cuda")), values)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", [(20, 30), (180, 150)])
+def test_a_gpu_makes_the_same_views(size):
+    batched, images = Batched(SIMCLR, torch.float64), torch.rand(8, 3, *size, dtype=torch.float64)
+    u = uniforms(8, batched.draws)
+    assert (batched(images.cuda(), u).cpu() - batched(images, u)).abs().max() < 1e-9
