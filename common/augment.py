@@ -9,7 +9,7 @@ A transform that has no step here runs image by image, as in a `Dataset`, with t
 generators seeded by one of these uniforms. It is slower and gives the same guarantees.
 
 Whatever says what happens to an image (boxes, factors, choices) is computed on the CPU, for the
-whole batch, and only then sent to the images' device: no batched step waits for an accelerator. The
+whole batch, and then sent to the images' device: no batched step waits for an accelerator. The
 pixels then go through all steps: small images many at a time, so that an operation takes long
 compared with its call; on a processor large images one by one, while they are in its cache.
 
@@ -29,15 +29,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import embedding_bag
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 
 TRIES = 10  # boxes that torchvision's RandomResizedCrop proposes before it falls back
 BOX_DRAWS = 2 * TRIES + 2  # their areas and aspect ratios, and one position
 INTERPOLATIONS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC, "bilinear", "bicubic")
-SMALL = 128  # pixels: a side up to which a resize is quickest as one product for many images
-BLOCK = 32  # output pixels that a product makes at once where the image is larger
+SMALL = 128  # pixels: a side up to which many images at a time are quickest on a processor
 CPU, DEVICE = 2**22, 2**30  # bytes of pixels at a time, on a processor and on an accelerator
 
 
@@ -65,7 +64,10 @@ class Batched:
 
     def __init__(self, transform: Callable, dtype: torch.dtype = torch.float32):
         self.transform, self.dtype = transform, dtype
-        self.stages = _compile(_parts(_flatten([transform]), dtype), dtype)
+        parts = _parts(_flatten([transform]), dtype)
+        self.stages = _compile(parts, dtype)
+        self.steps = [part for part in parts if isinstance(part, Step)]
+        self.crops_first = len(self.steps) == len(parts) > 0 and self.steps[0].size is not None
         self.draws = sum(stage.draws for stage in self.stages)
         self.unbatched = _unique(name for stage in self.stages for name in stage.unbatched)
 
@@ -73,11 +75,14 @@ class Batched:
         return Batched, (self.transform, self.dtype)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, uniforms: Tensor, sizes: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, images: Tensor | list[Tensor], uniforms: Tensor, sizes: Tensor | None = None
+    ) -> Tensor:
         """One view of each image: (B, C, h, w), contiguous, on the images' device.
 
         Args:
-            images: (B, C, H, W), uint8, or floating point in [0, 1]; never written to.
+            images: (B, C, H, W), uint8, or floating point in [0, 1]; never written to. Or a list of
+                B of any sizes, (C, H, W) each.
             uniforms: (B, draws) in [0, 1), float32 or float64, on the CPU.
             sizes: (B, 2) integers on the CPU: the (height, width) in pixels of each image, at the
                 top left of its canvas; None where all images fill it.
@@ -91,9 +96,17 @@ class Batched:
                 f"uniforms must be {(len(images), self.draws)} on the CPU, "
                 f"not {tuple(uniforms.shape)} on {uniforms.device}"
             )
-        sizes = _full_sizes(images) if sizes is None else sizes
-        floating = torch.full((len(images),), images.is_floating_point())
-        batch = _run_stages(self.stages, Canvas(images, sizes, floating), uniforms.double())
+        if isinstance(images, Tensor):
+            sizes = _full_sizes(images) if sizes is None else sizes
+            floating = torch.full((len(images),), images.is_floating_point())
+            canvas = Canvas(images, sizes, floating)
+        elif self.crops_first and any(map(_large, images)):
+            sizes = torch.tensor([image.shape[1:] for image in images])
+            return _run_steps(self.steps, images, uniforms.double(), sizes, self.dtype)
+        else:
+            floating = torch.tensor([image.is_floating_point() for image in images])
+            canvas = _pad(images, floating, self.dtype)
+        batch = _run_stages(self.stages, canvas, uniforms.double())
         if not batch.is_full():
             small, *_, large = batch.sizes.unique(dim=0).tolist()
             raise ViewError(
@@ -140,13 +153,14 @@ class Stage(NamedTuple):
 class Step(NamedTuple):
     """A batched transform in two halves: drawing its parameters, and applying it.
 
-    `draw(uniforms, sizes)`: (B, draws) and (B, 2) to parameters, tuples of (B, ...) tensors.
+    `draw(uniforms, sizes, device)`: (B, draws) and (B, 2) to parameters, tuples of (B, ...) tensors
+    on the CPU, except for the `Taps` of a crop, which are on `device`.
     `run(images, *parameters)`: some of the images, which it may write to, and their parameters.
     `size`: (h, w) of the result of a crop; None where the size stays.
     """
 
     draws: int
-    draw: Callable[[Tensor, Tensor], tuple]
+    draw: Callable[[Tensor, Tensor, torch.device], tuple]
     run: Callable[..., Tensor]
     size: Sequence[int] | None = None
 
@@ -300,7 +314,7 @@ def _part(
         case v2.GaussianBlur(kernel_size=kernel, sigma=(low, high)):
             return Step(
                 1,
-                lambda uniforms, _: (_between(uniforms[:, 0], low, high),),
+                lambda uniforms, *_: (_between(uniforms[:, 0], low, high),),
                 lambda images, sigmas: gaussian_blur(images, kernel, sigmas),
             )
         case v2.Normalize(mean=mean, std=std):
@@ -409,24 +423,31 @@ def _batched_stage(steps: Sequence[Step], dtype: torch.dtype, crops_together: bo
 
 
 def _run_steps(
-    steps: Sequence[Step], images: Tensor, uniforms: Tensor, sizes: Tensor, dtype: torch.dtype
+    steps: Sequence[Step],
+    images: Tensor | list[Tensor],
+    uniforms: Tensor,
+    sizes: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    parameters, size = _draw(steps, uniforms, sizes)
-    views = images.new_empty((*images.shape[:2], *(size or images.shape[2:])), dtype=dtype)
+    like = images[0] if isinstance(images, list) else images
+    parameters, size = _draw(steps, uniforms, sizes, like.device)
+    shape = len(images), like.shape[-3], *(size or like.shape[-2:])
+    views = like.new_empty(shape, dtype=dtype)
     with torch.inference_mode():  # cheaper calls; the views themselves may be trained on
-        for part in _chunks(images, dtype):
-            # A crop converts only what it needs.
-            chunk = images[part] if steps[0].size else to_float(images[part], dtype)
+        for part, chunk in _chunks(images, dtype):
+            chunk = chunk if steps[0].size else to_float(chunk, dtype)  # a crop converts a part
             views[part] = _run(steps, chunk, _take(parameters, part))
     return views
 
 
-def _draw(steps: Sequence[Step], uniforms: Tensor, sizes: Tensor) -> tuple[tuple, Any]:
+def _draw(
+    steps: Sequence[Step], uniforms: Tensor, sizes: Tensor, device: torch.device
+) -> tuple[tuple, Any]:
     """The parameters of each step, from its columns of the uniforms, and the final size."""
     parameters, size = [], None
     columns = uniforms.split([step.draws for step in steps], dim=1)
     for step, step_uniforms in zip(steps, columns, strict=True):
-        parameters.append(step.draw(step_uniforms, sizes))
+        parameters.append(step.draw(step_uniforms, sizes, device))
         if step.size:
             size, sizes = step.size, torch.tensor(step.size).expand(len(sizes), 2)
     return tuple(parameters), size
@@ -438,16 +459,20 @@ def _run(steps: Sequence[Step], images: Tensor, parameters: tuple) -> Tensor:
     return images
 
 
-def _chunks(images: Tensor, dtype: torch.dtype) -> list[slice]:
+def _chunks(images: Tensor | list[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """As many images at a time as are quickest; on a processor large ones one by one."""
+    if isinstance(images, list):
+        yield from ((slice(i, i + 1), image[None]) for i, image in enumerate(images))
+        return
     image_bytes = max(1, images[:1].numel() * dtype.itemsize)
     chunk_bytes = CPU if images.device.type == "cpu" else DEVICE
     count = 1 if chunk_bytes == CPU and _large(images) else max(1, chunk_bytes // image_bytes)
-    return [slice(i, i + count) for i in range(0, len(images), count)]
+    for i in range(0, len(images), count):
+        yield slice(i, i + count), images[i : i + count]
 
 
 def _large(images: Tensor) -> bool:
-    return images.shape[2:].numel() > SMALL**2
+    return images.shape[-2:].numel() > SMALL**2
 
 
 def _take(parameters: Any, index: slice | Tensor) -> Any:
@@ -455,7 +480,7 @@ def _take(parameters: Any, index: slice | Tensor) -> Any:
     if isinstance(parameters, Tensor):
         return parameters[index]
     if isinstance(parameters, Taps):
-        return Taps(parameters.first[index], parameters.weights[index])
+        return Taps(parameters.inputs[index], parameters.weights[index])
     return tuple(_take(parameter, index) for parameter in parameters)
 
 
@@ -466,8 +491,8 @@ def _fixed(run: Callable[[Tensor], Tensor]) -> Step:
 def _chance(p: float, steps: Sequence[Step]) -> Step:
     """The steps for each image with probability p, and only for the images that are chosen."""
 
-    def draw(uniforms: Tensor, sizes: Tensor) -> tuple:
-        return uniforms[:, 0] < p, _draw(steps, uniforms[:, 1:], sizes)[0]
+    def draw(uniforms: Tensor, sizes: Tensor, device: torch.device) -> tuple:
+        return uniforms[:, 0] < p, _draw(steps, uniforms[:, 1:], sizes, device)[0]
 
     def run(images: Tensor, chosen: Tensor, parameters: tuple) -> Tensor:
         return _where(chosen, images, partial(_run, steps), parameters)
@@ -498,13 +523,13 @@ def _chance_stage(p: float, stages: Sequence[Stage], dtype: torch.dtype) -> Stag
 def _crop_step(
     crop: v2.RandomResizedCrop, flip: v2.RandomHorizontalFlip | None, dtype: torch.dtype
 ) -> Step:
-    def draw(uniforms: Tensor, sizes: Tensor) -> tuple:
+    def draw(uniforms: Tensor, sizes: Tensor, device: torch.device) -> tuple:
         boxes = random_boxes(uniforms[:, :BOX_DRAWS], sizes, crop.scale, crop.ratio)
         flipped = uniforms[:, -1] < flip.p if flip else None
-        return _crop_taps(boxes, crop.size, crop.interpolation, flipped, dtype)
+        return boxes, *_crop_taps(boxes, crop.size, crop.interpolation, flipped, dtype, device)
 
-    def run(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
-        return _resample(images, rows, columns, dtype)
+    def run(images: Tensor, boxes: Tensor, rows: Taps, columns: Taps) -> Tensor:
+        return _resample(images, boxes, rows, columns, dtype)
 
     return Step(BOX_DRAWS + bool(flip), draw, run, crop.size)
 
@@ -515,7 +540,7 @@ def _jitter_step(jitter: v2.ColorJitter) -> Step:
     ranges = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
     used = [i for i, bounds in enumerate(ranges) if bounds is not None]  # None: switched off
 
-    def draw(uniforms: Tensor, _: Tensor) -> tuple:
+    def draw(uniforms: Tensor, *_: Any) -> tuple:
         order = uniforms[:, :4].argsort(dim=1)  # (B, position): which operation
         return order, *(_between(uniforms[:, 4 + i], *ranges[i]) for i in used)
 
@@ -660,11 +685,11 @@ def gaussian_blur(images: Tensor, kernel_size: Sequence[int], sigmas: Tensor) ->
             raise ViewError(
                 f"{size} pixels cannot be blurred with {taps} taps: reflection needs more"
             )
-    horizontal, vertical = radii
-    padded = pad(images, [horizontal, horizontal, vertical, vertical], mode="reflect")
-    columns = _blur_taps(sigmas, horizontal, images.shape[3], images.dtype)
-    rows = _blur_taps(sigmas, vertical, images.shape[2], images.dtype)
-    return _separable(padded, rows, columns)
+    columns, rows = (
+        _blur_taps(sigmas, radius, size, images)
+        for radius, size in zip(radii, images.shape[:1:-1], strict=True)
+    )
+    return _separable(images, rows, columns)
 
 
 def resized_crop(
@@ -696,11 +721,11 @@ def resized_crop(
     canvas = torch.tensor(images.shape[-2:])
     if bool((corner < 0).any() | (extent < 1).any() | (corner + extent > canvas).any()):
         raise ValueError(f"boxes must be non-empty and inside the {tuple(canvas.tolist())} canvas")
-    taps = _crop_taps(boxes, size, interpolation, flip, images.dtype)
+    taps = _crop_taps(boxes, size, interpolation, flip, images.dtype, images.device)
     result = images.new_empty(*images.shape[:2], *size)
-    for part in _chunks(images, images.dtype):
+    for part, chunk in _chunks(images, images.dtype):
         rows, columns = _take(taps, part)
-        result[part] = _resample(images[part], rows, columns, images.dtype)
+        result[part] = _resample(chunk, boxes[part], rows, columns, images.dtype)
     return result
 
 
@@ -719,53 +744,53 @@ def _blend(images: Tensor, others: Tensor, factors: Tensor) -> Tensor:
 
 
 class Taps(NamedTuple):
-    """The window of weighted input pixels that makes each of `size` output pixels; on the CPU."""
+    """The weighted input pixels that make each of `size` output pixels along one dimension."""
 
-    first: Tensor  # (B, size) int64, where the window begins
-    weights: Tensor  # (B, size, taps); the weights past the image's end are zero
+    inputs: Tensor  # (B, size, taps) int64, the places of the pixels
+    weights: Tensor  # (B, size, taps), zero where a place only fills up
 
 
 def _separable(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
-    """(B, C, H, W) to (B, C, h, w): along the columns' direction first, then along the rows'."""
-    with torch.autocast(images.device.type, enabled=False):  # it would round to half precision
-        narrow = _banded(images.flatten(1, 2).mT, columns).mT  # (B, C H, w)
-        narrow = narrow.unflatten(1, images.shape[1:3])
-        return _banded(narrow, rows)
+    """(B, C, H, W) to (B, C, h, w), contiguous: down the columns first, then along the rows."""
+    pixels = images.permute(0, 2, 3, 1)
+    if pixels.is_contiguous():  # as decoding leaves them
+        lower = _weighted_sums(pixels.flatten(2).unsqueeze(1), rows)  # (B, 1, h, W C)
+        lower = lower.unflatten(3, pixels.shape[2:]).squeeze(1).permute(0, 3, 2, 1)
+    else:
+        lower = _weighted_sums(images, rows).mT  # (B, C, W, h)
+    return _weighted_sums(lower, columns).mT.contiguous()
 
 
-def _banded(images: Tensor, rows: Taps) -> Tensor:
-    """rows @ image, (B, ..., H, W) to (B, ..., h, W), without most of the zeros of that matrix.
+def _weighted_sums(images: Tensor, taps: Taps) -> Tensor:
+    """(B, C, H, N) to (B, C, h, N): each row of an output is a weighted sum of rows of its image.
 
-    A block of output rows needs only the input rows under its windows: few for a single image, the
-    union of all windows for many images with different boxes.
+    That is what an embedding bag does, with the rows of all images as its table: four times as fast
+    as products with the mostly empty matrices of these weights.
     """
-    size, taps = rows.weights.shape[1:]
-    index = rows.first.unsqueeze(2) + torch.arange(taps)
-    matrix = images.new_zeros(len(images), size, images.shape[-2] + taps)
-    matrix.scatter_(2, send(index, images.device), send(rows.weights, images.device))
-    matrix = matrix.view(len(images), *[1] * (images.dim() - 3), *matrix.shape[1:])
-    if images.shape[-2] <= SMALL:
-        return matrix[..., : images.shape[-2]] @ images
-    lows, highs = rows.first.amin(0).tolist(), rows.first.amax(0).tolist()
-    blocks = []
-    for start in range(0, size, BLOCK):
-        block = slice(start, start + BLOCK)
-        inputs = slice(min(lows[block]), min(max(highs[block]) + taps, images.shape[-2]))
-        blocks.append(matrix[..., block, inputs] @ images[..., inputs, :])
-    return torch.cat(blocks, dim=-2)
+    batch, channels, height, _ = images.shape
+    planes = torch.arange(batch * channels, device=images.device).view(batch, channels, 1, 1)
+    index = taps.inputs.unsqueeze(1) + planes * height  # (B, C, h, taps)
+    weights = taps.weights.unsqueeze(1).expand_as(index)
+    sums = embedding_bag(
+        index.flatten(0, 2),
+        images.flatten(0, 2),
+        mode="sum",
+        per_sample_weights=weights.flatten(0, 2),
+    )
+    return sums.unflatten(0, (batch, channels, -1))
 
 
-def _resample(images: Tensor, rows: Taps, columns: Taps, dtype: torch.dtype) -> Tensor:
-    """Filter the images in `dtype`; of large ones only the pixels under a window are converted."""
+def _resample(
+    images: Tensor, boxes: Tensor, rows: Taps, columns: Taps, dtype: torch.dtype
+) -> Tensor:
+    """Filter the images in `dtype`; of large ones only the pixels in a box are converted."""
     if not _large(images):
         return _separable(to_float(images, dtype), rows, columns)
-    (top, bottom), (left, right) = (
-        (int(taps.first.amin()), int(taps.first.amax()) + taps.weights.shape[2])
-        for taps in (rows, columns)
-    )
+    top, left = boxes[:, :2].amin(0).tolist()
+    bottom, right = (boxes[:, :2] + boxes[:, 2:]).amax(0).tolist()
     window = to_float(images[:, :, top:bottom, left:right], dtype)
     rows, columns = (
-        taps._replace(first=taps.first - start) for taps, start in ((rows, top), (columns, left))
+        taps._replace(inputs=taps.inputs - start) for taps, start in ((rows, top), (columns, left))
     )
     return _separable(window, rows, columns)
 
@@ -776,10 +801,12 @@ def _crop_taps(
     interpolation: InterpolationMode | str,
     flip: Tensor | None,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Taps, Taps]:
+    """Of the rows and of the columns, on the device, from (B, 4) boxes on the CPU."""
     top, left, height, width = boxes.unbind(1)
-    rows = _resize_taps(top, height, size[0], interpolation, None, dtype)
-    columns = _resize_taps(left, width, size[1], interpolation, flip, dtype)
+    rows = _resize_taps(top, height, size[0], interpolation, None, dtype, device)
+    columns = _resize_taps(left, width, size[1], interpolation, flip, dtype, device)
     return rows, columns
 
 
@@ -790,6 +817,7 @@ def _resize_taps(
     interpolation: InterpolationMode | str,
     flip: Tensor | None,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> Taps:
     """PyTorch's antialiased resize of [start, start + length) along one dimension.
 
@@ -798,19 +826,19 @@ def _resize_taps(
     """
     kernel, radius = _KERNELS[InterpolationMode(interpolation)]
     taps = 2 * math.ceil(radius * max([size, *lengths.tolist()]) / size) + 1
-    lengths = lengths.to(dtype).view(-1, 1, 1)
-    outputs = torch.arange(size).view(1, -1, 1)
+    starts, lengths = (send(each, device).view(-1, 1, 1) for each in (starts, lengths.to(dtype)))
+    outputs = torch.arange(size, device=device).view(1, -1, 1)
     if flip is not None:
-        outputs = torch.where(flip.view(-1, 1, 1), size - 1 - outputs, outputs)
+        outputs = torch.where(send(flip, device).view(-1, 1, 1), size - 1 - outputs, outputs)
     scale = lengths / size  # (B, 1, 1)
     stretch = scale.clamp_min(1)
     centers = scale * (outputs + 0.5)  # (B, size, 1)
     first = (centers - radius * stretch + 0.5).floor_().clamp_(min=0)
-    inputs = first + torch.arange(taps)  # (B, size, taps)
+    inputs = first + torch.arange(taps, device=device)  # (B, size, taps)
     weights = kernel((inputs - centers).add_(0.5).mul_(1 / stretch).abs_())
     weights.masked_fill_(inputs >= lengths, 0)
     weights.div_(weights.sum(2, keepdim=True))
-    return Taps(first.squeeze(2).long() + starts.unsqueeze(1), weights)
+    return Taps(inputs.minimum(lengths - 1).long() + starts, weights)
 
 
 def _triangle(distances: Tensor) -> Tensor:
@@ -831,12 +859,15 @@ _KERNELS = {  # each with its radius, in pixels of the coarser grid
 }
 
 
-def _blur_taps(sigmas: Tensor, radius: int, size: int, dtype: torch.dtype) -> Taps:
-    """Gaussian windows over images that are padded by the radius."""
+def _blur_taps(sigmas: Tensor, radius: int, size: int, images: Tensor) -> Taps:
+    """Gaussian windows, for images that are reflected at their borders."""
     offsets = torch.arange(-radius, radius + 1)
     windows = (-0.5 * (offsets / sigmas.double().unsqueeze(1)) ** 2).softmax(1)  # (B, taps)
-    first = torch.arange(size).expand(len(sigmas), size)
-    return Taps(first, windows.to(dtype).unsqueeze(1).expand(-1, size, -1))
+    index = torch.arange(size, device=images.device).unsqueeze(1) + send(offsets, images.device)
+    index = (size - 1) - ((size - 1) - index.abs_()).abs_()
+    weights = _like(windows, images).unsqueeze(1)  # the same for all pixels
+    shape = len(sigmas), size, len(offsets)
+    return Taps(index.expand(shape), weights.expand(shape))
 
 
 # Chosen images, and devices

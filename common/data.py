@@ -210,35 +210,45 @@ class ImageSplit:
             self.store = [torch.empty(0) if image is None else image for image in decoded]
         return True
 
+    def at(self, indices: Tensor) -> tuple[Tensor | list[Tensor], Tensor]:
+        """The images at `indices`, (B,), each bad one replaced by the next good one; their places.
+
+        They are a tensor, (B, 3, H, W), if they are one in memory, else (3, H, W) each.
+        """
+        if isinstance(self.store, Tensor) and not self.bad:
+            return self.store[indices], indices
+        found = [self.decode_near(i) for i in indices.tolist()]
+        places = torch.tensor([place for place, _ in found], dtype=torch.long)
+        return [image for _, image in found], places
+
     def batch(self, indices: Tensor, cut: Callable[[list[Tensor]], list[Tensor]] = list) -> Batch:
         """The images at `indices`, (B,), each bad one replaced by the next good one.
 
         Args:
             cut: what is made of the decoded images before they share a canvas.
         """
-        if isinstance(self.store, Tensor) and not self.bad:
-            images = self.store[indices]
-            return Batch(images, torch.tensor(images.shape[2:]).expand(len(images), 2), indices)
-        found = [self.decode_near(i) for i in indices.tolist()]
-        places = torch.tensor([place for place, _ in found], dtype=torch.long)
-        return Batch(*pad(cut([image for _, image in found])), places)
+        images, places = self.at(indices)
+        if isinstance(images, Tensor):
+            return Batch(images, torch.tensor(images.shape[2:]).expand(len(images), 2), places)
+        return Batch(*pad(cut(images)), places)
 
     def batches(
         self,
         orders: Iterable[Tensor],
         workers: int = 0,
-        then: Callable[[int, Batch], Any] | None = None,
+        then: Callable[[int, Tensor | list[Tensor]], Any] | None = None,
         cut: Callable[[int, list[Tensor]], list[Tensor]] | None = None,
     ) -> Iterator[Any]:
         """A `Batch` for each (B,) index tensor: from memory, else from decoding workers.
 
         Args:
-            then: what is made, by the workers, of the i-th batch and handed over in its place.
+            then: what is made, by the workers, of the i-th batch's images (see `at`), which then
+                share no canvas, and handed over in its place.
             cut: what the workers make of the i-th batch's images before they share a canvas.
         """
         if self.store is not None:
-            for i, batch in enumerate(map(self.batch, orders)):
-                yield then(i, batch) if then else batch
+            for i, order in enumerate(orders):
+                yield then(i, self.at(order)[0]) if then else self.batch(order)
             return
         loader = DataLoader(
             _Decoder(self, then, cut),
@@ -297,7 +307,7 @@ class _Decoder(Dataset):
     def __init__(
         self,
         images: ImageSplit,
-        then: Callable[[int, Batch], Any] | None,
+        then: Callable[[int, Tensor | list[Tensor]], Any] | None,
         cut: Callable[[int, list[Tensor]], list[Tensor]] | None,
     ) -> None:
         self.images, self.then, self.cut = images, then, cut
@@ -305,10 +315,14 @@ class _Decoder(Dataset):
     def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Any, dict[int, str]]:
         i, indices = item
         try:
-            batch = self.images.batch(indices, functools.partial(self.cut, i) if self.cut else list)
+            if self.then:
+                made = self.then(i, self.images.at(indices)[0])
+            else:
+                cut = functools.partial(self.cut, i) if self.cut else list
+                batch = self.images.batch(indices, cut)
+                made = batch.images, batch.sizes, batch.indices
         except UserError as error:
             return error, {}
-        made = self.then(i, batch) if self.then else (batch.images, batch.sizes, batch.indices)
         if get_worker_info() is not None:  # here: where memory is short, the queue would lose it
             for tensor in made if isinstance(made, tuple) else ():
                 tensor.share_memory_()

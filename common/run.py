@@ -48,7 +48,7 @@ from common.files import (
     to_json,
 )
 from common.health import collapse_warning, embedding_metrics
-from common.launch import StopSignal, commit, provenance
+from common.launch import StopSignal, bfloat16_advice, commit, provenance
 from common.plan import differences, listing
 from common.trackers import Trackers
 from common.views import ViewPairs
@@ -101,7 +101,10 @@ class Run:
             raise UserError(f"--epochs: too few for one step on {len(images):,} images")
         self._overridden = config.overridden(cfg, run_cfg, defaults)
         plan = images.plan.lines(images.part) if images.plan and images.part else []
-        for line in (*cfg.advice(), *plan, images.load(run_cfg.memory_gb)):
+        hints = cfg.advice()
+        if cfg.arch != "demo":  # whose operations are too short to gain
+            hints = [*hints, *bfloat16_advice(run_cfg.precision, accelerator.device)]
+        for line in (*hints, *plan, images.load(run_cfg.memory_gb)):
             self.print(line)
 
     def open(

@@ -130,22 +130,26 @@ class ViewPairs:
         if self.augmentation_device.type == "cpu":
             pairs = self.images.batches(orders, self.workers, make)
         else:
-            pairs = (make(i, batch) for i, batch in enumerate(self.batches(orders)))
+            batches = enumerate(self.batches(orders))
+            pairs = (make(i, batch.images, batch.sizes) for i, batch in batches)
         for pair in pairs:
             if isinstance(pair, UserError):
                 raise pair
             view1, view2 = (view.to(self.device, non_blocking=True) for view in pair)
             yield view1, view2
 
-    def pair(self, first: int, i: int, batch: Batch) -> tuple[Tensor, Tensor] | UserError:
-        """The views of the batch of step `first + i`.
+    def pair(
+        self, first: int, i: int, images: Tensor | list[Tensor], sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | UserError:
+        """The views of the images of step `first + i`, on a canvas of which they fill `sizes`.
 
         An error is returned: one raised in a worker would arrive as a page of traceback.
         """
-        images = batch.images.to(self.augmentation_device, non_blocking=True)
+        if isinstance(images, Tensor):
+            images = images.to(self.augmentation_device, non_blocking=True)
         try:
             view1, view2 = (
-                augmentation(images, self.draws(first + i, view), batch.sizes)
+                augmentation(images, self.draws(first + i, view), sizes)
                 for view, augmentation in enumerate(self.augmentations)
             )
         except ViewError as error:

@@ -669,6 +669,15 @@ def test_neither_threads_nor_neighbours_change_a_view(monkeypatch, size):
     assert torch.equal(batched(images[5:], u[5:]), views[5:])
 
 
+@pytest.mark.parametrize("sizes", [[(20, 30), (40, 20)], [(180, 150), (20, 30), (200, 260)]])
+@pytest.mark.parametrize("transform", [SIMCLR, v2.Compose([v2.RandomGrayscale(), SIMCLR])])
+def test_a_list_of_images_gives_the_views_of_their_canvas(sizes, transform):
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
+    batched, (canvas, known) = Batched(transform), on_a_canvas(images)
+    u = uniforms(len(images), batched.draws)
+    assert torch.equal(batched(images, u), batched(canvas, u, known))
+
+
 # On an accelerator
 
 

@@ -277,3 +277,14 @@ def test_what_a_launcher_left_in_the_environment_is_one_line(left, tmp_path):
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "without a launcher's MASTER_ADDR" in done.stderr
+
+
+def test_bfloat16_is_named_where_a_processor_computes_in_it(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    [line] = launch.bfloat16_advice("fp32", cpu)
+    assert "--precision bf16" in line
+    assert launch.bfloat16_advice("bf16", cpu) == launch.bfloat16_advice("fp32", gpu) == []
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert launch.bfloat16_advice("fp32", cpu) == []
