@@ -66,7 +66,7 @@ class Run:
     Args:
         method, recipe: names for the record, e.g. "simclr", "cifar10".
         defaults: the recipe's own settings; what differs from them is recorded as overridden.
-        cfg: the method's settings; it has `batch_size` and `advice`.
+        cfg: the method's settings; it has `arch`, `batch_size` and `advice`.
         images: the N training images.
         total_steps: of the whole run.
 

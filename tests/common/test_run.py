@@ -24,6 +24,7 @@ from tests.helpers import rows
 @dataclass(frozen=True)
 class Config:
     data: str = "x"
+    arch: str = "demo"
     batch_size: int = 10
     temperature: float = 0.5
 
