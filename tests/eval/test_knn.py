@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from common.config import SourceConfig
 from common.launch import launch
+from eval import knn
 from eval.encoder import Encoder, Preprocess
 from eval.knn import OnlineKNN, Settings, accuracy, judge, nearest, predict, subsample, vote
 from eval.results.record import confidence
@@ -98,6 +99,131 @@ def test_left_out_of_its_own_neighbours(chunk, bank_chunk):
     assert torch.allclose(value, expected, rtol=1e-12, atol=1e-15) and torch.equal(index, where)
 
 
+# ---- the screen: fewer bits, the same neighbours -------------------------------------------------
+
+
+def features(kind, count, width=64, seed=0):
+    """Features that are hard to tell apart, or to compute with few bits."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, width, generator=draw)
+    centres = torch.randn(7, width, generator=torch.Generator().manual_seed(99))
+    return {
+        "noise": x,
+        "positive": x.relu(),
+        "classes in order": centres[torch.arange(count) * 7 // count] + 0.5 * x,
+        "duplicates": x[torch.arange(count) // 4],
+        "alike": centres[0] + 0.4 * x,
+        "nearly equal": centres[0] + 0.05 * x,
+        "all equal": centres[:1].expand(count, -1),
+        "huge range": x * 10.0 ** (20 * torch.rand(count, width, generator=draw) - 15),
+        "tiny": x * 1e-30,
+        "three dimensions": x[:, :3] @ centres[:3],
+        "some zero": x * (torch.arange(count) % 50 != 0)[:, None],
+    }[kind]
+
+
+TOLD_APART = ["noise", "positive", "classes in order", "alike", "huge range", "three dimensions"]
+KINDS = [*TOLD_APART, "duplicates", "nearly equal", "all equal", "tiny", "some zero"]
+
+
+@pytest.fixture
+def screened(monkeypatch):
+    """The neighbours of both paths, and whether the screen was of use for each chunk."""
+    uses, screen = [], knn.Screen.topk
+
+    def watched(*args):
+        found = screen(*args)
+        uses.append(found is not None)
+        return found
+
+    def both(*args, **kwargs):
+        found = []
+        for fast in (True, False):
+            monkeypatch.setattr(knn, "fast_bfloat16", lambda fast=fast: fast)
+            found.append(nearest(*args, **kwargs))
+        return *found, uses
+
+    monkeypatch.setattr(knn.Screen, "topk", watched)
+    return both
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_bits_find_the_same_neighbours(screened, kind, exclude_self):
+    bank = features(kind, 3000)
+    queries = bank[1000:1090] if exclude_self else features(kind, 90, seed=1)
+    queries, first = queries.contiguous(), 1000 if exclude_self else 0
+    fast, plain, uses = screened(queries, bank, 9, exclude_self=exclude_self, first=first, chunk=50)
+    assert all(uses) == (kind in (*TOLD_APART, "duplicates")), uses
+    cosine = F.normalize(queries.double(), dim=1) @ F.normalize(bank.double(), dim=1).T
+    if exclude_self:
+        cosine[torch.arange(90), torch.arange(90) + 1000] = -2
+    expected = cosine.sort(dim=1, descending=True, stable=True)[0][:, :10]
+    for value, index in (fast, plain):
+        assert (value - expected[:, :9]).abs().max() < 1e-6
+        assert (cosine.gather(1, index) - expected[:, :9]).abs().max() < 1e-6
+        assert (index.sort(1)[0].diff() > 0).all()  # none twice
+    apart = (expected[:, :-1] - expected[:, 1:] > 1e-6).all(1)  # the order is certain
+    assert torch.equal(fast[1][apart], plain[1][apart])
+    assert apart.sum() > 45 or kind not in TOLD_APART
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_is_a_bound(kind):
+    bank = F.normalize(features(kind, 2000).double(), dim=1).float()
+    queries = F.normalize(features(kind, 50, seed=1).double(), dim=1).float()
+    screen, rounded = knn.Screen(bank), queries.bfloat16()
+    bound = screen.bound(queries, rounded)
+    middle = bank.mean(0).double()
+    product = rounded.double() @ screen.rounded.double().T
+    exact = queries.double() @ (bank.double() - middle).T
+    assert ((product - exact).abs() <= bound).all()
+    assert bound.max() < 0.01  # nor is it useless: rounding costs 1/512 of each
+    found = (rounded @ screen.rounded.T).double()
+    assert ((found - exact).abs() <= bound + found.abs() / 256).all()
+    # errors all of one sign, the worst case: as large as the bound but for its last per cent
+    query = torch.full((1, 64), 1.0 + 1 / 257)
+    query = query / query.norm()
+    opposite = torch.cat([query, -query])  # about a mean of zero
+    screen, rounded = knn.Screen(opposite), query.bfloat16()
+    wrong = rounded.double() @ screen.rounded.double().T - query.double() @ opposite.double().T
+    bound = screen.bound(query, rounded)
+    assert 0.9 * bound <= wrong.abs().max() <= bound or bound < 1e-4
+
+
+def test_screened_neighbours_depend_on_no_chunks(screened):
+    """Bit for bit, the first of equals first."""
+    queries, bank = features("noise", 40, seed=1), features("duplicates", 2000)
+    (value, index), _, _ = screened(queries, bank, 8)
+    assert (value[:, ::4] == value[:, 3::4]).all()  # duplicates, in their order in the bank
+    assert (index.unflatten(1, (2, 4)).diff(dim=2) == 1).all()
+    for chunk, bank_chunk in ((7, 2000), (40, 500), (16, 1001)):
+        found, _, uses = screened(queries, bank, 8, chunk=chunk, bank_chunk=bank_chunk)
+        assert all(uses)
+        assert torch.equal(found[0], value) and torch.equal(found[1], index)
+
+
+@pytest.mark.parametrize("k", [1, 187, 188, 1500, 2999, 5000])
+def test_any_number_of_neighbours(screened, k):
+    bank = features("noise", 3000)
+    fast, plain, uses = screened(bank[:60], bank, k, exclude_self=True)
+    assert fast[0].shape == plain[0].shape == (60, min(k, 2999)) and uses == [k <= 50]
+    assert (fast[0] - plain[0]).abs().max() < 1e-6
+    assert not (fast[1] == torch.arange(60)[:, None]).any()
+
+
+def test_what_is_not_a_number_harms_no_other_query(screened):
+    queries, bank = features("noise", 30, seed=1), features("noise", 3000)
+    expected, _, _ = screened(queries, bank, 5)
+    spoilt = queries.clone()
+    spoilt[3, 7] = torch.nan
+    found, _, _ = screened(spoilt, bank, 5)
+    others = torch.arange(30) != 3
+    assert torch.allclose(found[0][others], expected[0][others], rtol=0, atol=1e-6)
+    assert torch.equal(found[1][others], expected[1][others])
+    assert found[0][3].isnan().all()  # as by a full product
+
+
 def test_against_the_official_notebook():
     recorded = golden("moco_colab")
     cases = sorted({key.split("/")[1] for key in recorded if key.startswith("knn/")})
@@ -132,9 +258,9 @@ def test_accuracy():
 
 def test_the_online_knn_leaves_the_encoder_as_it_was(monkeypatch):
     monkeypatch.setattr("eval.knn.open_train_test", lambda plan: (coloured(90), coloured(30)))
-    knn, encoder = OnlineKNN("x", Preprocess(12)), Network().train()
+    online, encoder = OnlineKNN("x", Preprocess(12)), Network().train()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    assert knn(encoder, "cpu") == 100.0
+    assert online(encoder, "cpu") == 100.0
     assert encoder.training
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
 
