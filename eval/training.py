@@ -190,8 +190,8 @@ class Crops:
 def total_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     """The sum of the cross entropies of (n, C) outputs, or of (n, R, C) of R classifiers."""
     if outputs.ndim == 3:
-        labels = labels[:, None].expand(-1, outputs.shape[1])
-        outputs = outputs.transpose(1, 2)
+        outputs = outputs.permute(1, 2, 0)  # images last, as a probe's lie in memory
+        labels = labels.expand(len(outputs), -1)
     return F.cross_entropy(outputs, labels, reduction="sum")
 
 
