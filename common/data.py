@@ -5,28 +5,34 @@ common/formats.py. Labels are never needed to pretrain. Symbols: N images, B ima
 """
 
 import atexit
+import contextlib
 import functools
 import hashlib
+import io
 import math
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from common import demo
 from common.config import SourceConfig
 from common.errors import UserError, printable
-from common.formats import MAX_SIDE, Reading, read
+from common.formats import MAX_SIDE, Reading, plain_jpeg, read, source_of
 from common.plan import MAX_BAD, Part, Plan, plan_of, undecodable
 from common.tables import Table, image_column
 
@@ -77,9 +83,59 @@ def decode(image: Any, reading: Reading = AS_STORED, max_side: int = MAX_SIDE) -
     """
     if isinstance(image, Tensor):
         return image
-    picture = read(image, reading, max_side)
+    source = source_of(image)
+    with contextlib.suppress(Exception):  # Pillow says what is wrong, or it is mended
+        jpeg = plain_jpeg(source, max_side)
+        if jpeg is not None and decoders_agree():
+            return by_torchvision(jpeg)
+    return to_tensor(read(source, reading, max_side))
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """An RGB picture as (3, H, W) uint8; the colours of a pixel are neighbours in memory."""
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1)
+
+
+def by_torchvision(jpeg: bytes) -> Tensor:
+    """The same of a JPEG, in half of Pillow's time, most of which goes to copies.
+
+    By the operation itself, since `torchvision.io.decode_jpeg` warns that it is to be removed.
+    """
+    data = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
+    return torch.ops.image.decode_jpeg(data, 3, False)  # 3: to RGB; False: not turned by EXIF
+
+
+@functools.cache
+def decoders_agree() -> bool:
+    """Whether torchvision decodes JPEGs here, and to the same bits as Pillow.
+
+    Each brings a libjpeg of its own, and a Pillow built elsewhere any other, which may round
+    differently. A few small pictures of noise tell, in a millisecond.
+    """
+    noise = torch.randint(256, (19, 37, 3), dtype=torch.uint8, generator=generator("decoders"))
+    try:
+        import torchvision.io  # noqa: F401  which registers the operation
+
+        for mode, progressive, sampling in product(("L", "RGB"), (False, True), range(3)):
+            file, picture = io.BytesIO(), Image.fromarray(noise.numpy()).convert(mode)
+            picture.save(file, "JPEG", progressive=progressive, subsampling=sampling)
+            expected = to_tensor(Image.open(file).convert("RGB"))
+            if not torch.equal(by_torchvision(file.getvalue()), expected):
+                return False
+    except Exception:  # there is no such operation, or it does not know the file
+        return False
+    return True
+
+
+def decoding_threads(seconds: float) -> int:
+    """How many threads decode at once, of images that take one thread so many seconds each.
+
+    About 60 us of it are spent under Python's lock, which one thread holds at a time. More threads
+    than that feeds wait for each other: for images of 32 px 16 took ten times as long as one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores or 1, int(seconds / 6e-5)))
 
 
 def pad(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -195,19 +251,39 @@ class ImageSplit:
         if self.store is not None:
             return True
         probe = range(0, len(self), max(1, len(self) // 32))
-        sizes = [image.numel() for i in probe if (image := self.try_decode(i)) is not None]
-        if not sizes:
+        tried, seconds = [], []
+        for i in probe:
+            began = time.perf_counter()
+            if (image := self.try_decode(i)) is not None:
+                tried.append(image)
+            seconds.append(time.perf_counter() - began)
+        if not tried:
             raise UserError(f"{self.name}: none of {len(probe)} images tried can be decoded")
-        if sum(sizes) / len(sizes) * len(self) > limit_gb * 2**30:
+        values = sum(image.numel() for image in tried) / len(tried)
+        if values * len(self) > limit_gb * 2**30:
             return False
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the GIL
-            decoded = list(pool.map(self.try_decode, range(len(self))))
-        shapes = {image.shape for image in decoded if image is not None}
-        if len(shapes) == 1:  # one tensor: a batch is a single gather
-            blank = torch.zeros(next(iter(shapes)), dtype=torch.uint8)
-            self.store = torch.stack([blank if image is None else image for image in decoded])
+        # One tensor, if all images are of one shape: then a batch is a single gather.
+        shape = tried[0].shape
+        alike = all(image.shape == shape for image in tried)
+        rows = torch.zeros(len(self), *shape, dtype=torch.uint8) if alike else None
+        others: dict[int, Tensor] = {}
+
+        def decode_some(places: range) -> None:
+            for i in places:
+                image = self.try_decode(i)
+                if image is not None and rows is not None and image.shape == shape:
+                    rows[i] = image
+                elif image is not None:
+                    others[i] = image
+
+        some = [range(i, min(i + 16, len(self))) for i in range(0, len(self), 16)]
+        with ThreadPoolExecutor(decoding_threads(statistics.median(seconds))) as pool:
+            list(pool.map(decode_some, some))
+        if rows is None or others:
+            each = [torch.empty(0)] * len(self) if rows is None else list(rows)
+            self.store = [others.get(i, image) for i, image in enumerate(each)]
         else:
-            self.store = [torch.empty(0) if image is None else image for image in decoded]
+            self.store = rows
         return True
 
     def at(self, indices: Tensor) -> tuple[Tensor | list[Tensor], Tensor]:

@@ -70,6 +70,8 @@ TURNS = {  # EXIF orientation: what makes the image upright
     8: Image.Transpose.ROTATE_90,
 }
 LARGE = 2**21  # pixels
+MOST_JPEG = 2**24  # bytes of a JPEG that is read whole before it is decoded
+SAMPLINGS = {(1, 1), (2, 1), (2, 2)}  # of a JPEG's first component; of the others (1, 1)
 EOI = b"\xff\xd9"
 JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xda-\xfe])", re.DOTALL)  # one with a segment behind it
 PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # the chunks on which they depend
@@ -194,6 +196,37 @@ def read(image: Any, reading: Reading = Reading(), max_side: int = MAX_SIDE) -> 
     if max(picture.size) > max_side:
         picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def plain_jpeg(source: Any, max_side: int) -> bytes | None:
+    """The bytes of a JPEG that `read` only decodes; None of another file, or one that is cut off.
+
+    It is whole, upright, of 8-bit gray or RGB in one of the usual samplings, and no side of it is
+    longer than `max_side`: any libjpeg makes of it what Pillow's does, in as much memory.
+
+    Raises:
+        Exception: of nearly any kind, as `read`.
+    """
+    data = bytes_of_jpeg(source)
+    if not (data.startswith(b"\xff\xd8\xff") and data.endswith(EOI)):
+        return None
+    with open_file(data) as picture:
+        small = max(picture.size) <= max_side
+        small = small and math.prod(picture.size) <= (Image.MAX_IMAGE_PIXELS or math.inf)
+        plain = picture.format == "JPEG" and picture.mode in ("L", "RGB") and small
+        first, *others = [layer[1:3] for layer in picture.layer] if plain else [None]
+        usual = first in SAMPLINGS and all(other == (1, 1) for other in others)
+        return data if usual and turn_of(picture) is None else None
+
+
+def bytes_of_jpeg(source: Any) -> bytes:
+    """All bytes of what begins as a JPEG and is not too large; nothing of anything else."""
+    if not isinstance(source, str | Path):
+        return source
+    with open(source, "rb") as file:
+        start = file.read(3)
+        jpeg = start == b"\xff\xd8\xff" and os.fstat(file.fileno()).st_size <= MOST_JPEG
+        return start + file.read() if jpeg else b""
 
 
 def source_of(image: Any) -> Any:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
 
-from common import data
+from common import data, formats
 from common.config import SourceConfig
 from common.data import (
     MAX_SIDE,
@@ -23,6 +24,7 @@ from common.data import (
     open_images,
 )
 from common.errors import UserError
+from common.formats import plain_jpeg, read
 from common.plan import plan_of
 from eval import splits
 from eval.splits import hold_out_fifth
@@ -520,6 +522,129 @@ def test_the_hub_path_on_local_files(monkeypatch, held, second):
         open_images("owner/name", "extra")
 
 
+# ---- two decoders --------------------------------------------------------------------------------
+
+
+def by_pillow(image, max_side=MAX_SIDE):
+    return data.to_tensor(read(image, max_side=max_side))
+
+
+def outcome(function, image, **how):
+    """The pixels, or what is said of the image."""
+    try:
+        return function(image, **how)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def assert_same(images, least, **how):
+    """Both ways agree on every image; torchvision decodes at least so many of them."""
+    assert data.decoders_agree()
+    for image in images:
+        found, expected = outcome(decode, image, **how), outcome(by_pillow, image, **how)
+        if isinstance(expected, str):
+            assert found == expected
+        else:
+            assert torch.equal(found, expected) and found.stride() == expected.stride()
+    sources = [image["bytes"] if isinstance(image, dict) else image for image in images]
+    plain = [outcome(plain_jpeg, source, max_side=MAX_SIDE) for source in sources]
+    assert sum(isinstance(each, bytes) for each in plain) >= least
+
+
+def jpeg(height, width, seed=0, mode="RGB", exif=None, **options):
+    """A smooth picture, so that what is coarse is felt."""
+    coarse = Image.fromarray(pixels(seed, height // 4 + 2, width // 4 + 2))
+    image = coarse.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+    if exif is not None:
+        turned = Image.Exif()
+        turned[0x0112] = exif
+        options["exif"] = turned
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+SIZES = [(1, 1), (1, 2), (2, 1), (3, 5), (7, 8), (8, 8), (9, 7), (15, 16), (16, 16), (17, 33)]
+KINDS = [
+    {}, {"progressive": True}, {"restart_marker_blocks": 1}, {"restart_marker_rows": 1},
+    {"mode": "L"}, {"mode": "L", "progressive": True}, {"optimize": True},
+    {"keep_rgb": True, "subsampling": 0}, {"icc_profile": bytes(70_000)}, {"comment": b"a comment"},
+    {"exif": 1}, {"dpi": (72, 72)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_jpegs_are_the_same_by_both_decoders(sampling):
+    qualities = [1, 10, 50, 75, 90, 100]
+    images = [
+        jpeg(*size, i * j, quality=qualities[(i + j) % 6], **{"subsampling": sampling} | kind)
+        for i, size in enumerate(SIZES)
+        for j, kind in enumerate(KINDS)
+    ]
+    assert_same(images, least=len(images))
+
+
+def test_odd_jpegs_are_the_same_by_both_decoders(tmp_path):
+    usual = jpeg(33, 40)
+    without_jfif = usual[:2] + usual[20:]
+    adobe = [b"\xff\xee\0\x0eAdobe\0\x64" + bytes(4) + bytes([t]) for t in range(3)]
+    frame = usual.index(b"\xff\xc0")
+    swapped = usual[:-2].replace(b"\xff\xda\0\x0c\3\1\0\2\x11", b"\xff\xda\0\x0c\3\2\0\1\x11")
+    odd = [
+        without_jfif,
+        *(usual[:2] + each + usual[2:] for each in adobe),
+        *(without_jfif[:2] + each + without_jfif[2:] for each in adobe),
+        *(usual[: frame + 11] + bytes([hv]) + usual[frame + 12 :] for hv in (0x12, 0x41, 0x14, 0)),
+        *(usual[: frame + 1] + bytes([code]) + usual[frame + 2 :] for code in range(0xC0, 0xD0)),
+        usual[: frame + 4] + b"\x0c" + usual[frame + 5 :],  # 12 bits
+        *(usual[: frame + 5] + size + usual[frame + 9 :] for size in (bytes(4), b"\xff" * 4)),
+        *(jpeg(19, 30, exif=turn) for turn in (0, *range(2, 10))),
+        jpeg(19, 30, mode="CMYK"),
+        jpeg(19, 30, xmp=b'<x tiff:Orientation="6"/>'),
+        *(usual[:2] + b"\xff\xe0\0\6JFIF" + usual[2:], usual[:2] + b"\xff\xff" + usual[3:]),
+        *(usual + end for end in (b"\0", b"\xff\xd9", usual, bytes(5000))),
+        *(usual[:-2], usual[:-1], usual[:-9] + b"\xff\xd9", usual[: frame + 20] + b"\xff\xd9"),
+        *(swapped, b"", b"\xff\xd8\xff", b"\xff\xd8\xff\xd9", b"\xff\xd8" + usual),
+        jpeg(MAX_SIDE, 9),
+        *(jpeg(9, MAX_SIDE + 1), jpeg(2 * MAX_SIDE, 2 * MAX_SIDE + 3)),
+    ]
+    assert_same(odd, least=12)
+    for i, content in enumerate(odd):
+        (tmp_path / f"{i}.jpg").write_bytes(content)
+    assert_same([tmp_path / f"{i}.jpg" for i in range(len(odd))], least=12)
+
+
+@pytest.mark.parametrize("kind", KINDS[:5])
+def test_damaged_jpegs_end_the_same_by_both_decoders(kind):
+    whole, random = jpeg(20, 24, **kind), np.random.default_rng(0)
+    damaged = [whole[:length] for length in range(len(whole) - 60, len(whole))]
+    for _ in range(150):
+        each = bytearray(whole)
+        for _ in range(random.choice([1, 1, 3])):
+            each[random.integers(2, len(each))] = random.choice([0, 255, random.integers(256)])
+        damaged.append(bytes(each))
+    assert_same(damaged, least=50)
+
+
+def test_a_libjpeg_that_rounds_differently_is_not_used(monkeypatch):
+    image = jpeg(33, 40)
+    expected, rounded = by_pillow(image), lambda jpeg: by_pillow(jpeg) ^ 1
+    for other in (rounded, lambda jpeg: torch.ops.image.there_is_no_such_operation(jpeg)):
+        data.decoders_agree.cache_clear()
+        monkeypatch.setattr(data, "by_torchvision", other)
+        assert not data.decoders_agree() and torch.equal(decode(image), expected)
+    monkeypatch.undo()
+    data.decoders_agree.cache_clear()
+
+
+def test_a_jpeg_of_many_bytes_is_not_read_whole(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(jpeg(33, 40, comment=bytes(60_000)))
+    assert plain_jpeg(tmp_path / "a.jpg", MAX_SIDE)
+    monkeypatch.setattr(formats, "MOST_JPEG", 60_000)
+    assert plain_jpeg(tmp_path / "a.jpg", MAX_SIDE) is None
+    assert decode(tmp_path / "a.jpg").shape == (3, 33, 40)
+
+
 # ---- bad images ----------------------------------------------------------------------------------
 
 
@@ -629,6 +754,24 @@ def test_what_does_not_fit_is_not_kept(tmp_path):
     assert images.into_memory(needed * 1.01) and images.store.shape == (40, 3, 8, 8)
 
 
+def test_an_image_of_another_size_than_all_tried_is_kept_as_it_is(tmp_path):
+    source = a_folder(tmp_path, 64, bad=(9,))
+    write(tmp_path / "033.jpg", 33, 5, 6)  # of 64 every second is tried
+    images = open_images(source)
+    assert images.into_memory(1.0) and isinstance(images.store, list)
+    batch = images.batch(torch.arange(64))
+    assert batch.sizes[33].tolist() == [5, 6] and batch.indices[9] == 10
+    for i in (0, 8, 10, 33, 34, 63):
+        height, width = batch.sizes[i]
+        assert torch.equal(batch.images[i, :, :height, :width], decode(images.encoded[i]))
+
+
+def test_small_images_are_decoded_by_one_thread_and_large_ones_by_all(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
+    taken = [data.decoding_threads(seconds) for seconds in (0, 4e-5, 1e-4, 5e-4, 4e-3, 1.0)]
+    assert taken == [1, 1, 1, 8, 16, 16]
+
+
 # ---- order ---------------------------------------------------------------------------------------
 
 
@@ -697,3 +840,12 @@ def test_real_flat_folder():
     images = open_images(real("bccd"))
     assert len(images) == 364
     assert images.batch(torch.arange(3)).images.shape == (3, 3, 480, 640) and not images.bad
+
+
+def test_real_jpegs_are_the_same_by_both_decoders():
+    table = Path(real("cifar10-jpeg")) / "test-00000-of-00001.parquet"
+    group = pyarrow.parquet.ParquetFile(table).read_row_group(0, columns=["img"])
+    assert_same(group["img"].slice(0, 200).to_pylist(), least=200)
+    for name, most in (("clothing", 100), ("camvid", 30), ("bccd", 30)):
+        paths = sorted(map(str, Path(real(name)).rglob("*.jpg")))
+        assert_same(paths[:: len(paths) // most], least=most // 2)
