@@ -6,6 +6,7 @@
 # make seeds    the demos with three seeds each, two at a time, kept in results/
 # make results  RESULTS.md from results/
 # make bench    pairs/s beside lightly and plain torchvision, a step's overhead (a quarter of an hour)
+# make bench-job  files to encoder, and kNN against wall time, likewise (20 minutes on two cores)
 # make speed-gpu  the real commands' pairs/s on a GPU
 # make soak     twenty kills of each method, and 20,000 steps
 # make results-gpu  every CIFAR-10 row that RESULTS.md lacks, on a GPU, hours
@@ -20,7 +21,7 @@ METHODS   := simclr moco byol
 HERE      := PATH="$(CURDIR)/$(BIN):$$PATH"
 DEMOS     := $(METHODS:%=runs/%-demo)
 
-.PHONY: demo test test-oldest slow lint bench seeds results soak speed-gpu results-gpu
+.PHONY: demo test test-oldest slow lint bench bench-job seeds results soak speed-gpu results-gpu
 demo: $(READY)
 	@printf '%s\n' $(METHODS) | $(HERE) xargs -P 2 -I METHOD bash METHOD/reproduce.sh demo
 	@$(BIN)/python -m eval.compare $(DEMOS) --out runs
@@ -43,6 +44,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/throughput.py
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/overhead.py
+
+bench-job: $(READY)
+	$(BIN)/python tests/benchmarks/job.py
 
 seeds: $(READY)
 	printf '%s\n' $(foreach s,1 2 3,$(METHODS:%=%-demo-seed$s)) | $(HERE) xargs -P 2 -I RUN \

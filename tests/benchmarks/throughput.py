@@ -116,13 +116,21 @@ def lightly_python() -> str:
     return str(python)
 
 
+def folder_of(name: str) -> Path:
+    """Where the real images of a name are.
+
+    Raises:
+        UserError: they are not there.
+    """
+    if not (DATA / name).exists():
+        raise UserError(f"{DATA / name}: not there; SSL_TEST_IMAGES names the folder of images")
+    return DATA / name
+
+
 def lay_down_images() -> None:
     """Decoded CIFAR-10 images and paths of photographs, the same for all sides."""
-    for name in ("cifar10-jpeg", "clothing"):
-        if not (DATA / name).exists():
-            raise UserError(f"{DATA / name}: not there; SSL_TEST_IMAGES names the folder of images")
-    small = open_images(str(DATA / "cifar10-jpeg"))
-    folder = DATA / "clothing" / "train"
+    small = open_images(str(folder_of("cifar10-jpeg")))
+    folder = folder_of("clothing") / "train"
     large = sorted(str(path) for path in folder.rglob("*.jpg"))
     if len(large) < sides.ROWS[sides.LARGE][0]:
         raise UserError(f"{folder}: too few photographs in it")
