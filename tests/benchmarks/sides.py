@@ -189,7 +189,8 @@ def ours(folder: Path) -> tuple[dict[str, list], Rows]:
     from common.data import ImageSplit
     from common.views import ViewPairs
     from eval.knn import predict
-    from eval.linear import MOCO, Probe
+    from eval.linear import MOCO, Probe, optimizer_of
+    from eval.training import total_loss
     from simclr.config import CIFAR10, IMAGENET_100
     from simclr.loss import nt_xent
     from simclr.model import SimCLR
@@ -231,8 +232,15 @@ def ours(folder: Path) -> tuple[dict[str, list], Rows]:
     target = Target(online)
     rows[EMA] = repeat(EMA, lambda: ema_(target, online, 0.99))
     batch, labels = features(512)
-    probe = Probe(FEATURES, CLASSES, MOCO, DEVICE)
-    rows[PROBE] = repeat(PROBE, lambda: probe.step(batch, labels, 1.0))
+    probe = Probe(FEATURES, CLASSES, MOCO).to(DEVICE)
+    optimizer = optimizer_of(probe, MOCO)
+
+    def probe_step() -> None:  # of eval.training's loop
+        optimizer.zero_grad()
+        (total_loss(probe(batch), labels) / len(batch)).backward()
+        optimizer.step()
+
+    rows[PROBE] = repeat(PROBE, probe_step)
     bank, bank_labels = features(BANK)
     queries = features(ROWS[KNN][0])[0]
     rows[KNN] = lambda: predict(
