@@ -49,7 +49,7 @@ def predict(
     classes: int,
     k: int,
     temperature: float,
-    chunk: int = 256,
+    chunk: int = 512,
 ) -> tuple[Tensor, Tensor]:
     """Classify `queries`, (Q, F), by the `k` nearest of `bank`, (N, F), with `labels`, (N,).
 
@@ -67,7 +67,7 @@ def nearest(
     *,
     exclude_self: bool = False,
     first: int = 0,
-    chunk: int = 256,
+    chunk: int = 512,
     bank_chunk: int = 65_536,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
