@@ -143,7 +143,8 @@ class Probe(nn.Module):
         stream = generator(seed, "probe")
         weight = torch.randn(features + 1, classes, generator=stream) * protocol.init_std
         weight[-1] = 0
-        self.weights = nn.ParameterList(weight.T.clone().T for _ in protocol.rates)
+        weight = weight.T.contiguous().T
+        self.weights = nn.ParameterList(weight.clone() for _ in protocol.rates)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, F) to the logits (B, R, C), in the precision of the weights: bfloat16 would tie."""

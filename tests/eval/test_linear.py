@@ -86,6 +86,32 @@ def test_a_step_is_the_papers_sgd_for_each_rate(nesterov):
     assert torch.allclose(probe(x), logits, rtol=0, atol=1e-12)
 
 
+def test_a_class_lies_together_in_memory():
+    """What the speed on a CPU rests on: of weights that were moved and gradients, and of logits."""
+    probe = probe_of(FEATURES).to(torch.float32).to(torch.float64)
+    x, y = problem()
+    logits = probe(x)
+    training.total_loss(logits, y).backward()
+    assert logits.permute(1, 2, 0).is_contiguous()
+    for weight in probe.weights:
+        assert weight.shape == (5, 3) and weight.T.is_contiguous()
+        assert weight.grad.T.is_contiguous()
+
+
+def test_the_loss_is_the_sum_over_images_and_rates():
+    x, y = problem(count=20)
+    logits = torch.stack([x[:, :3], -2 * x[:, :3]], dim=1)
+    expected = -sum(logits[i, r].log_softmax(0)[y[i]] for i in range(20) for r in range(2))
+    assert training.total_loss(logits, y).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_noise_is_seeded_as_torch_does_it():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    training.seed_noise(7, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), expected)
+
+
 def best_logits(x, y, classes):
     """The minimum of the mean cross entropy, in float64, by Newton's method with line search."""
     inputs, target = F.pad(x, (0, 1), value=1.0), F.one_hot(y, classes).double()
