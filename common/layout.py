@@ -167,7 +167,7 @@ def walk(root: str) -> Found:
                 enter(entry.path, below, above | {here}, kind)
             elif kind:
                 found.passed_over[f"{kind} files"] += 1
-            elif os.path.splitext(name)[1].lower() in SUFFIXES:
+            elif name[name.rfind(".") :].lower() in SUFFIXES:  # as `splitext`, but sooner
                 names.append(name)
             elif name in METADATA:
                 found.metadata.append(os.path.join(relative, name))

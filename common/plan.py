@@ -15,11 +15,13 @@ Nothing here imports torch. Symbols: N images.
 import gzip
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ MAX_BAD = 0.05  # share of undecodable images beyond which a source is refused
 MOST_NAME = 300  # characters of an image's name in a message
 ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".bz2", ".zst"}
 PLAIN = "RGB 8-bit"  # what needs no word
+SLOW = 20e-6  # seconds until the disk tells of a file: a local one takes 2e-6
 SAMPLE = 64  # images that are looked at for the rule by which pixels are read
 
 
@@ -234,14 +237,14 @@ class Plan:
         return Labels([of[path] for path in part.paths], each[0].origin, notes=notes)
 
     def _labels_of_folder(self, part: Part) -> Labels:
-        has_rows = any(path in self.metadata for path in part.paths)
+        has_rows = bool(self.metadata) and any(path in self.metadata for path in part.paths)
         if has_rows and self.how.label_depth is None:
             return self._labels_of_metadata(part)
         depth = self.how.label_depth
         if depth == 0:
             return Labels(None, why="--label-depth 0")
         start = len(part.base.rstrip(os.sep)) + 1
-        above = [os.path.dirname(path[start:]) for path in part.paths]
+        above = [path[start:].rpartition(os.sep)[0] for path in part.paths]
         levels = {folder: folder.split(os.sep) if folder else [] for folder in set(above)}
         short = [path for path, folder in zip(part.paths, above, strict=True)
                  if len(levels[folder]) < (depth or 1)]  # fmt: skip
@@ -666,11 +669,10 @@ def of_images(source: str, root: str, found: Found, how: SourceConfig) -> Plan:
     for name in names or [""]:
         below = os.path.join(level, name) if names else ""
         base = os.path.join(root, below) if names else root
-        paths = [
-            os.path.join(root, folder, image)
-            for folder in found.below(below)
-            for image in found.images[folder]
-        ]
+        paths = []
+        for folder in found.below(below):
+            start = os.path.join(root, folder, "")
+            paths += [start + image for image in found.images[folder]]
         parts.append(Part(name, split_of(name), len(paths), sorted(paths), base=base))
     outside = found.count() - sum(part.count or 0 for part in parts)
     if outside:
@@ -689,7 +691,7 @@ def read_metadata(plan: Plan, found: Found) -> None:
     Raises:
         UserError: rows differ on one file, or name splits.
     """
-    known = {path for part in plan.parts for path in part.paths}
+    known = {path for part in plan.parts if found.metadata for path in part.paths}
     for file in sorted(found.metadata):
         rows = tables.metadata_rows(os.path.join(plan.root, file))
         if not rows:
@@ -735,8 +737,16 @@ def listing(plan: Plan, part: Part) -> list[tuple[str, int | None]]:
     return list(zip(map(shown, names_below(plan, paths)), sizes, strict=True))
 
 
+def record_of(files: Sequence[Sequence[Any]]) -> bytes:
+    """The names and sizes of files as `differences` reads them: JSON, one file to a line."""
+    lines = (f"[{json.dumps(name)}, {json.dumps(size)}]\n" for name, size in files)
+    return "".join(lines).encode()
+
+
 def files_of(part: Part) -> list[str]:
     """The files of a part; of a folder of `save_to_disk` those that its state.json lists."""
+    if part.table is None:
+        return part.paths
     found = []
     for path in part.paths:
         folder, name = os.path.split(path)
@@ -753,8 +763,10 @@ def differences(record: Path, files: Sequence[Sequence[Any]]) -> str:
     if not record.exists():
         return ""
     try:
-        lines = gzip.decompress(record.read_bytes()).decode().splitlines()
-        before = {name: size for name, size in map(json.loads, lines)}
+        content = gzip.decompress(record.read_bytes())
+        if content == record_of(files):
+            return ""
+        before = {name: size for name, size in map(json.loads, content.decode().splitlines())}
     except (OSError, EOFError, ValueError, TypeError) as error:
         return f"images that are not known: {record} cannot be read ({first_line(error)})"
     now = {name: size for name, size in files}
@@ -786,7 +798,14 @@ def stats(paths: Sequence[str], times: bool) -> Iterator[tuple[str, Any]]:
                 found.append(None)
         return found
 
-    groups = [paths[i : i + 1024] for i in range(0, len(paths), 1024)]
+    began, first = time.perf_counter(), paths[:SAMPLE]
+    known = about(first)
+    slow = time.perf_counter() - began > len(first) * SLOW
+    yield from zip(first, known, strict=True)
+    groups = [paths[i : i + 1024] for i in range(len(first), len(paths), 1024)]
+    if not slow:  # threads would only wait for each other
+        yield from zip(paths[len(first) :], chain.from_iterable(map(about, groups)), strict=True)
+        return
     with ThreadPoolExecutor(32) as pool:  # a network's file system answers each after a while
         for some, found in zip(groups, pool.map(about, groups), strict=True):
             yield from zip(some, found, strict=True)
