@@ -265,7 +265,8 @@ class ImageSplit:
         # One tensor, if all images are of one shape: then a batch is a single gather.
         shape = tried[0].shape
         alike = all(image.shape == shape for image in tried)
-        rows = torch.zeros(len(self), *shape, dtype=torch.uint8) if alike else None
+        with torch.inference_mode(False):  # else no other thread may write to it
+            rows = torch.zeros(len(self), *shape, dtype=torch.uint8) if alike else None
         others: dict[int, Tensor] = {}
 
         def decode_some(places: range) -> None:

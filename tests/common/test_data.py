@@ -770,6 +770,13 @@ def test_an_image_of_another_size_than_all_tried_is_kept_as_it_is(tmp_path):
         assert torch.equal(batch.images[i, :, :height, :width], decode(images.encoded[i]))
 
 
+def test_images_are_decoded_into_memory_while_features_are_made(tmp_path):
+    images = open_images(a_folder(tmp_path, 40))
+    with torch.inference_mode():
+        assert images.into_memory(1.0)
+    assert torch.equal(images.batch(torch.tensor([5])).images[0], decode(images.encoded[5]))
+
+
 def test_small_images_are_decoded_by_one_thread_and_large_ones_by_all(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
     taken = [data.decoding_threads(seconds) for seconds in (0, 4e-5, 1e-4, 5e-4, 4e-3, 1.0)]
