@@ -4,6 +4,7 @@ Nothing here imports torch, which takes seconds: `--help` and a mistake that sho
 line, the environment or a small file are answered at once.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -220,7 +221,7 @@ def check_source(source: str) -> None:
     """Refuse images that are neither a path nor look like a data set on the Hub.
 
     Raises:
-        UserError: no such folder or file.
+        UserError: no such folder or file, or no image in it.
     """
     if not source.strip():
         raise UserError("--data: an empty name, perhaps of a variable that is not set")
@@ -231,6 +232,13 @@ def check_source(source: str) -> None:
         raise UserError(f"{source}: no path ({error})") from error
     if not there and not is_hub_id(source):
         raise UserError(f"{source}: no such folder or file (nor a Hub id of the form owner/name)")
+    folder = path_of(os.path.expanduser(path))
+    if os.path.isdir(folder):
+        from common import layout, plan  # which import this module
+
+        with contextlib.suppress(OSError, RecursionError):
+            if not layout.may_hold_images(folder):
+                plan.plan_of(source)  # says what is there instead
 
 
 def split_source(source: str) -> tuple[str, str]:

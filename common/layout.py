@@ -167,7 +167,7 @@ def walk(root: str) -> Found:
                 enter(entry.path, below, above | {here}, kind)
             elif kind:
                 found.passed_over[f"{kind} files"] += 1
-            elif name[name.rfind(".") :].lower() in SUFFIXES:  # as `splitext`, but sooner
+            elif is_image(name):
                 names.append(name)
             elif name in METADATA:
                 found.metadata.append(os.path.join(relative, name))
@@ -187,6 +187,22 @@ def walk(root: str) -> Found:
 
     enter(root, "", frozenset(), "")
     return found
+
+
+def may_hold_images(folder: str) -> bool:
+    """Whether there is an image, a table or a link at any depth; the first one ends the search."""
+    below = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink() or is_image(entry.name) or is_table(entry.name):
+                return True
+            if entry.is_dir():
+                below.append(entry.path)
+    return any(map(may_hold_images, below))
+
+
+def is_image(name: str) -> bool:
+    return name[name.rfind(".") :].lower() in SUFFIXES  # as by `splitext`, but sooner
 
 
 # ---- tables --------------------------------------------------------------------------------------

@@ -191,6 +191,7 @@ def test_a_home_folder_is_found_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("images", "run"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
     for argv in (["--out", "~/r", "--data", "~/images"], ["--out=~/r", "--data=~/images/"]):
         _, cfg, run_cfg = parse(argv)
         assert (run_cfg.out, cfg.data) == (f"{tmp_path}/r", f"{tmp_path}/images")
@@ -228,9 +229,9 @@ def test_an_empty_name_is_that_of_a_variable_that_is_not_set(monkeypatch, tmp_pa
 
 
 def test_a_source_that_exists_is_recorded_where_it_is(monkeypatch, tmp_path):
-    (tmp_path / "owner" / "name").mkdir(parents=True)
-    (tmp_path / "a:b").mkdir()
-    (tmp_path / "demo").mkdir()
+    for name in ("owner/name", "a:b", "demo"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.png").touch()
     monkeypatch.chdir(tmp_path)
     for given, recorded in (
         ("owner/name", f"{tmp_path}/owner/name"),

@@ -22,7 +22,17 @@ finally:
     print("torch" in sys.modules)
 """
 EVALUATIONS = [
-    f"eval.{name}" for name in ("knn", "linear", "finetune", "transfer", "neighbours", "compare")
+    f"eval.{name}"
+    for name in (
+        "knn",
+        "linear",
+        "finetune",
+        "transfer",
+        "neighbours",
+        "compare",
+        "weights",
+        "export",
+    )
 ]
 
 
@@ -41,7 +51,9 @@ def answer(status, module, *argv):
     return "\n".join(said) + done.stderr
 
 
-@pytest.mark.parametrize("module", [*(f"{m}.pretrain" for m in METHODS), "eval", *EVALUATIONS])
+@pytest.mark.parametrize(
+    "module", [*(f"{m}.pretrain" for m in METHODS), "eval", *EVALUATIONS, "common.look"]
+)
 def test_help(module):
     said = answer(0, module, "--help")
     assert f"python -m {module}" in said
@@ -55,6 +67,19 @@ MISTAKES = {
     "moco.pretrain --processes 2": "--processes 2 asked for, 1 launched; try: accelerate launch",
     "simclr.pretrain --out {other}": "holds a run made with temperature 0.3 (now 0.1)",
     "byol.pretrain --out {torn}": "config.json: cannot be read",
+    "moco.pretrain --data {empty}": "no images in it, at any depth",
+    "eval.linear --weights random:demo --data {empty}": "no images in it, at any depth",
+    "eval knn {torn} -- linear nowhere": "linear: nowhere: no such file",
+    "eval what": "what: not one of knn, linear",
+    "eval.weights nowhere": "nowhere: no such file",
+    "eval.export nowhere --to onnx": "--out: say into which folder",
+    "eval.neighbours nowhere": "nowhere: no such file",
+    "eval.transfer nowhere": "nowhere: no such file",
+    "eval.finetune nowhere": "nowhere: no such file",
+    "common.look nowhere": "nowhere: no such folder or file",
+    "common.look {empty}": "no images in it, at any depth",
+    "common.look {both}": "holds 1 table (e.g. a.parquet) and 1 image (e.g. in b); say which",
+    "common.look {torn}/config.json": "not a folder, a .parquet or an .arrow file",
     "eval.knn nowhere": "nowhere: no such file",
     "eval.compare nowhere": "nowhere: no such file",
     "eval.linear --epochs -1": "--epochs -1: must be a number from 0 to 1,000,000",
@@ -63,8 +88,13 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A run of another config, and a record torn by something."""
-    found = {name: tmp_path_factory.mktemp(name) for name in ("other", "torn")}
+    """A run of another config, a record torn by something, and sources that are refused."""
+    names = ("other", "torn", "empty", "both")
+    found = {name: tmp_path_factory.mktemp(name) for name in names}
+    for file in ("empty/deep/a.txt", "both/a.parquet", "both/b/1.png"):
+        root, name = file.split("/", 1)
+        (found[root] / name).parent.mkdir(exist_ok=True)
+        (found[root] / name).touch()
     settings = config.flat(RECIPES["demo"][0], RunConfig()) | {"temperature": 0.3}
     record = {"method": "simclr", "config": settings}
     (found["other"] / "config.json").write_text(json.dumps(record))
