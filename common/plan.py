@@ -739,7 +739,8 @@ def listing(plan: Plan, part: Part) -> list[tuple[str, int | None]]:
 
 def record_of(files: Sequence[Sequence[Any]]) -> bytes:
     """The names and sizes of files as `differences` reads them: JSON, one file to a line."""
-    lines = (f"[{json.dumps(name)}, {json.dumps(size)}]\n" for name, size in files)
+    encode, null = json.encoder.encode_basestring_ascii, "null"
+    lines = [f"[{encode(name)}, {null if size is None else size}]\n" for name, size in files]
     return "".join(lines).encode()
 
 

@@ -1,5 +1,6 @@
 """The plan of a source: which split, which labels, and every file either used or counted."""
 
+import gzip
 import io
 import json
 import os
@@ -650,3 +651,31 @@ def test_a_million_rows_are_planned_without_their_images(tmp_path):
     seconds, made = seconds_of_a_plan(tmp_path)
     print(f"1,000,000 rows planned in {seconds:.2f} s")
     assert made.choose().count == 1_000_000 and seconds < 3
+
+
+# ---- many files ----------------------------------------------------------------------------------
+
+
+def test_a_record_of_files_is_json_and_the_same_files_are_no_difference(tmp_path):
+    files = [("a/1.png", 7), ('quote".png', 0), ("猫 ], [.png", None), ("two\nlines.png", 10**12)]
+    content = planning.record_of(files)
+    assert content.decode() == "".join(json.dumps(file) + "\n" for file in files)
+    record = tmp_path / "images.jsonl.gz"
+    record.write_bytes(gzip.compress(content))
+    assert planning.differences(record, files) == ""
+    assert planning.differences(record, files[::-1]) == ""  # of names and sizes alone
+    changed = [("a/1.png", 8), *files[1:]]
+    assert "1 of 4 files differ in name or size" in planning.differences(record, changed)
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_sizes_and_times_are_the_same_of_quick_and_of_slow_disks(tmp_path, monkeypatch, slow):
+    monkeypatch.setattr(planning, "SLOW", 0 if slow else 10)
+    paths = [str(tmp_path / f"{i}.png") for i in range(100)]
+    for i, path in enumerate(paths[:-1]):
+        Path(path).write_bytes(bytes(i))
+    sizes = [(path, i) for i, path in enumerate(paths[:-1])] + [(paths[-1], None)]
+    assert list(planning.stats(paths, times=False)) == sizes
+    found = dict(planning.stats(paths, times=True))
+    assert found[paths[7]] == (7, os.stat(paths[7]).st_mtime_ns) and found[paths[-1]] is None
+    assert list(planning.stats([], times=True)) == []
