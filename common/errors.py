@@ -38,6 +38,8 @@ def shown(text: str) -> str:
     Python has such a byte as a lone surrogate, which cannot be written. `common.files.path_of` goes
     back to the name.
     """
+    if text.isascii():
+        return text
     return "".join(f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in text)
 
 

@@ -35,7 +35,7 @@ from common import config
 from common.checkpoints import Checkpoints, check_finite
 from common.cli import absolute, split_source
 from common.config import RunConfig
-from common.data import ImageSplit, generator
+from common.data import ImageSplit, seed_noise
 from common.errors import UserError
 from common.files import (
     append_row,
@@ -49,7 +49,7 @@ from common.files import (
 )
 from common.health import collapse_warning, embedding_metrics
 from common.launch import StopSignal, bfloat16_advice, commit, provenance
-from common.plan import differences, listing
+from common.plan import differences, listing, record_of
 from common.trackers import Trackers
 from common.views import ViewPairs
 
@@ -174,8 +174,9 @@ class Run:
         if self.images.plan and self.images.part:
             plan = to_json(self.images.plan.record(self.images.part), indent=1)
             atomic_write_bytes(self.folder / "plan.json", plan.encode() + b"\n")
-            content = "".join(to_json(file) + "\n" for file in files).encode()
-            atomic_write_bytes(self.folder / "images.jsonl.gz", gzip.compress(content, mtime=0))
+            images = self.folder / "images.jsonl.gz"
+            if not (old and images.exists()):  # else `_check_files` has found it to be the same
+                atomic_write_bytes(images, gzip.compress(record_of(files), mtime=0))
         record = {
             "method": self.method,
             "recipe": self.recipe,
@@ -242,8 +243,8 @@ class Run:
                 views = next(stream)
                 waited += time.perf_counter() - asked
                 # what a network itself draws, as in dropout, is the same after a restart
-                key = self.run_cfg.seed, "network", step, self.accelerator.process_index
-                torch.manual_seed(generator(*key).initial_seed())
+                rank, device = self.accelerator.process_index, self.accelerator.device
+                seed_noise(device, self.run_cfg.seed, "network", step, rank)
                 yield step, views
                 done += 1
                 self._bar.update(batch_size)

@@ -111,8 +111,8 @@ def encode(
         outputs.append(gather(output, len(part), accelerator).cpu())
         indices.append(gather(batch.indices.to(device), len(part), accelerator).cpu())
     found = torch.cat(indices)
-    decoded = found == index  # another image replaces one that cannot be decoded
-    return torch.cat(outputs)[decoded], found[decoded]
+    features, decoded = torch.cat(outputs), found == index  # another image replaces a bad one
+    return (features, found) if decoded.all() else (features[decoded], found[decoded])
 
 
 def autocast(precision: str, device: torch.device | str) -> torch.autocast:

@@ -55,8 +55,10 @@ def traits(encoded: Any, times: bool) -> Iterator[Any]:
             yield os.path.basename(path), about, tail(path)
     elif all(isinstance(path, str) for path in encoded):
         root = os.path.commonpath(encoded) if len(encoded) > 1 else os.path.dirname(encoded[0])
+        start = os.path.join(root, "")
         for path, about in stats(encoded, times):
-            yield os.path.relpath(path, root), about
+            below = path[len(start) :] if path.startswith(start) else os.path.relpath(path, root)
+            yield below, about
     else:
         yield from map(content_of, encoded)
 

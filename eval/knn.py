@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from common.data import ImageSplit, subset
 from common.encoders import evaluation_mode
 from common.errors import UserError
+from common.launch import fast_bfloat16
 from common.plan import Plan
 from common.run import Run
 from eval.encoder import Preprocess
@@ -229,12 +230,6 @@ def similarities(queries: Tensor, rows: Tensor, counts: Tensor, column: Tensor) 
 def longest(rows: Tensor) -> float:
     """The largest norm of the rows."""
     return rows.float().norm(dim=1).max().item()
-
-
-def fast_bfloat16() -> bool:
-    """Whether the CPU multiplies in bfloat16 and adds in float32; False where torch cannot tell."""
-    told = getattr(torch.cpu, "get_capabilities", None)  # since torch 2.12
-    return bool(told and told().get("avx512_bf16"))
 
 
 def vote(

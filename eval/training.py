@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from common.augment import Batched, random_boxes, to_float
-from common.data import ImageSplit, epoch_order, generator
+from common.data import ImageSplit, epoch_order, generator, seed_noise
 from common.views import ahead
 from eval.encoder import Preprocess
 from eval.features import autocast
@@ -195,17 +195,6 @@ def total_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs, labels, reduction="sum")
 
 
-def seed_noise(value: int, device: torch.device) -> None:
-    """Seed what dropout draws from: the generators of the CPU and of `device`.
-
-    `torch.manual_seed` also seeds devices that are not there, for which it formats the stack: a
-    third of a millisecond, half a step of a linear classifier on features.
-    """
-    torch.default_generator.manual_seed(value)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(value)
-
-
 @dataclass(frozen=True)
 class Speed:
     """How fast a training went, since it was last resumed."""
@@ -254,7 +243,7 @@ def train(
     began, waited, trained, stream = time.perf_counter(), 0.0, 0, inputs(first)
     for step in unfinished.steps(order.steps, what, state, first):
         size, parts = len(order.batch(step)), order.parts_per_step
-        seed_noise(generator(order.seed, "network", step, rank).initial_seed(), accelerator.device)
+        seed_noise(accelerator.device, order.seed, "network", step, rank)
         for group, rate in zip(optimizer.param_groups, rates_at(step), strict=True):
             group["lr"] = rate
         optimizer.zero_grad()

@@ -146,7 +146,7 @@ def store(count: int) -> list[Row]:
     what, size = f"{count:,} images of 32 px in memory", count * 3 * 32 * 32
     return [
         Row(what, "N x 3 H W", size, kept),
-        Row("  while they are decoded", "twice that, to stack them", 2 * size, peak),
+        Row("  while they are decoded", "that, and one a thread", size, peak),
     ]
 
 
@@ -168,19 +168,17 @@ def making(batch: int) -> list[Row]:
     few = ViewPairs(images, views(IMAGENET_100), batch_size=4, seed=1)
 
     def make(pairs: ViewPairs) -> Any:
-        return pairs.pair(0, 0, images.batch(pairs.indices(0)))
+        return pairs.pair(0, 0, images.at(pairs.indices(0))[0])
 
     _, kept, peak = measured(lambda: make(pairs), lambda: make(few))
     size = IMAGENET_100.image_size
     made = 2 * batch * 3 * size**2 * 4
-    high, wide = (max(sides) for sides in zip(*SIZES, strict=True))
-    canvas = batch * 3 * high * wide
     return [
         Row(f"views of {batch} photographs, 224 px", "2 B x 3 S^2 x 4", made, kept),
         Row(
             "  while they are made, in each worker",
-            "canvas B x 3 H W, images or views",
-            canvas + max(3 * pixels(batch), made),
+            "images and views",
+            3 * pixels(batch) + made,
             peak,
         ),
     ]
@@ -265,7 +263,7 @@ def features(folder: Path, count: int) -> list[Row]:
     file = (folder / "key.safetensors").stat().st_size
     return [
         Row(f"{count:,} x 512 features", "N (4 F + 8)", count * (4 * 512 + 8), kept),
-        Row("  while they are found", "three times that: parts, joined, chosen", 3 * size, peak),
+        Row("  while they are found", "twice that: parts, joined", 2 * size, peak),
         Row("  kept on the disk", "N (4 F + 8)", size, file),
     ]
 

@@ -860,3 +860,10 @@ def test_real_jpegs_are_the_same_by_both_decoders():
     for name, most in (("clothing", 100), ("camvid", 30), ("bccd", 30)):
         paths = sorted(map(str, Path(real(name)).rglob("*.jpg")))
         assert_same(paths[:: len(paths) // most], least=most // 2)
+
+
+def test_noise_is_seeded_as_torch_does_it():
+    torch.manual_seed(generator("noise", 7).initial_seed())
+    expected = torch.rand(3)
+    data.seed_noise(torch.device("cpu"), "noise", 7)
+    assert torch.equal(torch.rand(3), expected)

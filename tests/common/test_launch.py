@@ -281,10 +281,9 @@ def test_what_a_launcher_left_in_the_environment_is_one_line(left, tmp_path):
 
 def test_bfloat16_is_named_where_a_processor_computes_in_it(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(launch, "fast_bfloat16", lambda: True)
     [line] = launch.bfloat16_advice("fp32", cpu)
     assert "--precision bf16" in line
     assert launch.bfloat16_advice("bf16", cpu) == launch.bfloat16_advice("fp32", gpu) == []
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(launch, "fast_bfloat16", lambda: False)
     assert launch.bfloat16_advice("fp32", cpu) == []

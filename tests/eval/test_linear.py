@@ -105,13 +105,6 @@ def test_the_loss_is_the_sum_over_images_and_rates():
     assert training.total_loss(logits, y).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_noise_is_seeded_as_torch_does_it():
-    torch.manual_seed(7)
-    expected = torch.rand(3)
-    training.seed_noise(7, torch.device("cpu"))
-    assert torch.equal(torch.rand(3), expected)
-
-
 def best_logits(x, y, classes):
     """The minimum of the mean cross entropy, in float64, by Newton's method with line search."""
     inputs, target = F.pad(x, (0, 1), value=1.0), F.one_hot(y, classes).double()

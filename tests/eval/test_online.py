@@ -84,8 +84,9 @@ def test_it_gets_each_image_of_view_1_with_its_label(method, more, source, tmp_p
     """View 1 says which image it is; view 2 says nothing, and neither do keys and targets."""
     seen = []
 
-    def pair(pairs, first, i, batch):
-        view = batch.indices.float()[:, None, None, None].expand(-1, 3, 4, 4)
+    def pair(pairs, first, i, images):
+        places = pairs.images.replaced(pairs.indices(first + i))
+        view = places.float()[:, None, None, None].expand(-1, 3, 4, 4)
         return view, torch.full_like(view, -1)
 
     def update(linear, optimizer, features, labels, accelerator):
