@@ -623,12 +623,14 @@ def brightness(images: Tensor, factors: Tensor) -> Tensor:
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
     """Blend with the mean of the image's gray version, clipped to [0, 1]; factors: (B,)."""
-    return _blend(images, _gray(images.mean((2, 3), keepdim=True)), factors)
+    factors = _per_image(factors, images)
+    mean = _gray(images.mean((2, 3), keepdim=True))
+    return images.mul(factors).add_(mean.mul_(1 - factors)).clamp_(0, 1)
 
 
 def saturation(images: Tensor, factors: Tensor) -> Tensor:
     """Blend with the image's gray version, clipped to [0, 1]; factors: (B,)."""
-    return _blend(images, _gray(images), factors)
+    return torch.lerp(_gray(images), images, _per_image(factors, images)).clamp_(0, 1)
 
 
 def hue(images: Tensor, turns: Tensor) -> Tensor:
@@ -649,7 +651,7 @@ def hue(images: Tensor, turns: Tensor) -> Tensor:
     opposite = _like(torch.tensor([3, 5, 1]).view(3, 1, 1), images)
     distance = angle - opposite / 6
     distance = distance.sub_(distance.round()).abs_()  # in turns, at most a half
-    return high - distance.mul_(-6).add_(2).clamp_(0, 1).mul_(spread)
+    return torch.addcmul(high, torch.rsub(distance, 2, alpha=6).clamp_(0, 1), spread, value=-1)
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -735,11 +737,6 @@ def _gray(images: Tensor) -> Tensor:
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def _blend(images: Tensor, others: Tensor, factors: Tensor) -> Tensor:
-    factors = _per_image(factors, images)
-    return images.mul(factors).add_(others.mul_(1 - factors)).clamp_(0, 1)
-
-
 # Crop and blur: weighted sums along the rows and along the columns
 
 
@@ -784,11 +781,13 @@ def _resample(
     images: Tensor, boxes: Tensor, rows: Taps, columns: Taps, dtype: torch.dtype
 ) -> Tensor:
     """Filter the images in `dtype`; of large ones only the pixels in a box are converted."""
+    if not images.is_floating_point():  # scaled to [0, 1] by the weights, which are fewer
+        rows = rows._replace(weights=rows.weights / torch.iinfo(images.dtype).max)
     if not _large(images):
-        return _separable(to_float(images, dtype), rows, columns)
+        return _separable(images.to(dtype), rows, columns)
     top, left = boxes[:, :2].amin(0).tolist()
     bottom, right = (boxes[:, :2] + boxes[:, 2:]).amax(0).tolist()
-    window = to_float(images[:, :, top:bottom, left:right], dtype)
+    window = images[:, :, top:bottom, left:right].to(dtype)
     rows, columns = (
         taps._replace(inputs=taps.inputs - start) for taps, start in ((rows, top), (columns, left))
     )
@@ -875,6 +874,8 @@ def _blur_taps(sigmas: Tensor, radius: int, size: int, images: Tensor) -> Taps:
 
 def _where(chosen: Tensor, images: Tensor, operation: Callable, *parameters: Any) -> Tensor:
     """operation(images, *parameters) for the chosen images, in place; chosen: (B,) bool, CPU."""
+    if len(chosen) == 1:  # sooner told
+        return operation(images, *parameters) if chosen else images
     index = chosen.nonzero().squeeze(1)
     if len(index) == 0:
         return images

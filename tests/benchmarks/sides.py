@@ -22,13 +22,13 @@ SMALL, LARGE = "32 px: source to batch", "224 px, blur: JPEG to batch"
 R18, R50 = "R18, 32 px: training step", "R50, 224 px, bf16: training step"
 EMA, PROBE, KNN = "R18: momentum update", "linear probe, 512 features", "kNN, 10,000 features"
 ROWS = {  # what a round does, counted in the unit of the row
-    SMALL: (1024, "pairs"),
-    LARGE: (768, "pairs"),  # workers start with every round; in a run once
-    R18: (32, "pairs"),
+    SMALL: (8192, "pairs"),
+    LARGE: (1536, "pairs"),  # workers start with every round; in a run once
+    R18: (128, "pairs"),
     R50: (256, "pairs"),
-    EMA: (10, "updates"),
-    PROBE: (50, "steps"),
-    KNN: (1000, "queries"),
+    EMA: (40, "updates"),
+    PROBE: (400, "steps"),
+    KNN: (2000, "queries"),
 }
 BATCH = {SMALL: 256, LARGE: 32, R18: 32, R50: 128}
 WORKERS = 2
@@ -187,6 +187,7 @@ def ours(folder: Path) -> tuple[dict[str, list], Rows]:
     from byol.model import Online, Target, ema_
     from common import encoders
     from common.data import ImageSplit
+    from common.launch import launch
     from common.views import ViewPairs
     from eval.knn import predict
     from eval.linear import MOCO, Probe, optimizer_of
@@ -196,6 +197,7 @@ def ours(folder: Path) -> tuple[dict[str, list], Rows]:
     from simclr.model import SimCLR
     from simclr.optim import lars
 
+    launch("fp32")  # as every command begins
     images = load(folder)
     arrays = torch.from_numpy(np.stack(images[SMALL])).permute(0, 3, 1, 2).contiguous()
     sources = {

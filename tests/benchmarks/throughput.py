@@ -35,7 +35,7 @@ from common.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 DATA = Path(os.environ.get("SSL_TEST_IMAGES") or ROOT.parent / "shared" / "data")  # real images
-ROUNDS = 5
+ROUNDS = 10
 
 
 # ---- a side: a process that does rounds when told ------------------------------------------------
