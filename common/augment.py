@@ -66,8 +66,8 @@ class Batched:
         self.transform, self.dtype = transform, dtype
         parts = _parts(_flatten([transform]), dtype)
         self.stages = _compile(parts, dtype)
-        self.steps = [part for part in parts if isinstance(part, Step)]
-        self.crops_first = len(self.steps) == len(parts) > 0 and self.steps[0].size is not None
+        only_steps = bool(parts) and all(isinstance(part, Step) for part in parts)
+        self.crop_and_on = parts if only_steps and parts[0].size else None
         self.draws = sum(stage.draws for stage in self.stages)
         self.unbatched = _unique(name for stage in self.stages for name in stage.unbatched)
 
@@ -85,7 +85,7 @@ class Batched:
                 B of any sizes, (C, H, W) each.
             uniforms: (B, draws) in [0, 1), float32 or float64, on the CPU.
             sizes: (B, 2) integers on the CPU: the (height, width) in pixels of each image, at the
-                top left of its canvas; None where all images fill it.
+                top left of its canvas; None where all images fill it, or are a list.
 
         Raises:
             ValueError: the uniforms fit neither the images nor the composition.
@@ -100,9 +100,9 @@ class Batched:
             sizes = _full_sizes(images) if sizes is None else sizes
             floating = torch.full((len(images),), images.is_floating_point())
             canvas = Canvas(images, sizes, floating)
-        elif self.crops_first and any(map(_large, images)):
+        elif self.crop_and_on and any(map(_large, images)) and len(set(map(len, images))) == 1:
             sizes = torch.tensor([image.shape[1:] for image in images])
-            return _run_steps(self.steps, images, uniforms.double(), sizes, self.dtype)
+            return _run_steps(self.crop_and_on, images, uniforms.double(), sizes, self.dtype)
         else:
             floating = torch.tensor([image.is_floating_point() for image in images])
             canvas = _pad(images, floating, self.dtype)
@@ -687,9 +687,9 @@ def gaussian_blur(images: Tensor, kernel_size: Sequence[int], sigmas: Tensor) ->
             raise ViewError(
                 f"{size} pixels cannot be blurred with {taps} taps: reflection needs more"
             )
+    sizes = reversed(images.shape[2:])  # (W, H), as `kernel_size` has it
     columns, rows = (
-        _blur_taps(sigmas, radius, size, images)
-        for radius, size in zip(radii, images.shape[:1:-1], strict=True)
+        _blur_taps(sigmas, radius, size, images) for radius, size in zip(radii, sizes, strict=True)
     )
     return _separable(images, rows, columns)
 
@@ -825,18 +825,20 @@ def _resize_taps(
     """
     kernel, radius = _KERNELS[InterpolationMode(interpolation)]
     taps = 2 * math.ceil(radius * max([size, *lengths.tolist()]) / size) + 1
-    starts, lengths = (send(each, device).view(-1, 1, 1) for each in (starts, lengths.to(dtype)))
+    lengths = lengths.to(dtype)
+    scale = lengths / size  # here, as a GPU divides by a number less exactly
+    starts, lengths, scale = (send(x, device).view(-1, 1, 1) for x in (starts, lengths, scale))
     outputs = torch.arange(size, device=device).view(1, -1, 1)
     if flip is not None:
         outputs = torch.where(send(flip, device).view(-1, 1, 1), size - 1 - outputs, outputs)
-    scale = lengths / size  # (B, 1, 1)
-    stretch = scale.clamp_min(1)
+    stretch = scale.clamp_min(1)  # (B, 1, 1)
     centers = scale * (outputs + 0.5)  # (B, size, 1)
     first = (centers - radius * stretch + 0.5).floor_().clamp_(min=0)
     inputs = first + torch.arange(taps, device=device)  # (B, size, taps)
     weights = kernel((inputs - centers).add_(0.5).mul_(1 / stretch).abs_())
     weights.masked_fill_(inputs >= lengths, 0)
-    weights.div_(weights.sum(2, keepdim=True))
+    # Summed in order: how many taps are zero, which the other images decide, then changes no bit.
+    weights.div_(weights.cumsum(2)[..., -1:])
     return Taps(inputs.minimum(lengths - 1).long() + starts, weights)
 
 
@@ -897,6 +899,5 @@ def _like(values: Tensor, images: Tensor) -> Tensor:
 
 def send(values: Tensor, device: torch.device) -> Tensor:
     """Copy to the device without waiting for it, which requires pinned memory."""
-    # what is expanded has one number in several places, which cannot be pinned as it is
     values = values.contiguous().pin_memory() if device.type == "cuda" else values
     return values.to(device, non_blocking=True)

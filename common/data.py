@@ -25,6 +25,7 @@ from itertools import product
 from typing import Any
 
 import torch
+import torchvision  # noqa: F401  which registers `decode_jpeg`
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
@@ -127,8 +128,6 @@ def decoders_agree() -> bool:
     """
     noise = torch.randint(256, (19, 37, 3), dtype=torch.uint8, generator=generator("decoders"))
     try:
-        import torchvision.io  # noqa: F401  which registers the operation
-
         for mode, progressive, sampling in product(("L", "RGB"), (False, True), range(3)):
             file, picture = io.BytesIO(), Image.fromarray(noise.numpy()).convert(mode)
             picture.save(file, "JPEG", progressive=progressive, subsampling=sampling)
@@ -279,22 +278,22 @@ class ImageSplit:
         alike = all(image.shape == shape for image in tried)
         with torch.inference_mode(False):  # else no other thread may write to it
             rows = torch.zeros(len(self), *shape, dtype=torch.uint8) if alike else None
-        others: dict[int, Tensor] = {}
+        apart: dict[int, Tensor] = {}  # what has no row
 
         def decode_some(places: range) -> None:
             for i in places:
                 image = self.try_decode(i)
                 if image is not None and rows is not None and image.shape == shape:
-                    rows[i] = image
+                    rows.numpy()[i] = image.numpy()  # by torch, each thread would start its own
                 elif image is not None:
-                    others[i] = image
+                    apart[i] = image
 
-        some = [range(i, min(i + 16, len(self))) for i in range(0, len(self), 16)]
+        tasks = [range(i, min(i + 16, len(self))) for i in range(0, len(self), 16)]
         with ThreadPoolExecutor(decoding_threads(statistics.median(seconds))) as pool:
-            list(pool.map(decode_some, some))
-        if rows is None or others:
+            list(pool.map(decode_some, tasks))
+        if rows is None or apart:
             each = [torch.empty(0)] * len(self) if rows is None else list(rows)
-            self.store = [others.get(i, image) for i, image in enumerate(each)]
+            self.store = [apart.get(i, image) for i, image in enumerate(each)]
         else:
             self.store = rows
         return True
@@ -304,8 +303,9 @@ class ImageSplit:
 
         They are a tensor, (B, 3, H, W), if they are one in memory, else (3, H, W) each.
         """
-        if isinstance(self.store, Tensor) and not self.bad:
-            return self.store[indices], indices
+        if isinstance(self.store, Tensor):
+            places = self.replaced(indices)
+            return self.store[places], places
         found = [self.decode_near(i) for i in indices.tolist()]
         places = torch.tensor([place for place, _ in found], dtype=torch.long)
         return [image for _, image in found], places

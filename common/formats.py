@@ -76,6 +76,7 @@ JPEG_SEGMENT = struct.Struct(">BBH")  # 0xFF, its kind, and its length from here
 SAMPLINGS = {b"\x11", b"\x21", b"\x22"}  # of gray: the usual ones of a JPEG's first component
 SAMPLINGS |= {first + b"\x11\x11" for first in SAMPLINGS}  # of colours
 EOI = b"\xff\xd9"
+PROGRESSIVE = b"\xff\xc2"
 JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xda-\xfe])", re.DOTALL)  # one with a segment behind it
 PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # the chunks on which they depend
 SAY_RANGE = "--value-range LOW HIGH says which values become black and white"
@@ -212,6 +213,8 @@ def plain_jpeg(source: Any, max_side: int) -> bytes | None:
     """
     data = bytes_of_jpeg(source)
     if not (data.startswith(b"\xff\xd8\xff") and data.endswith(EOI)):
+        return None
+    if PROGRESSIVE in data and not has_all_scans(data):  # each libjpeg guesses what is missing
         return None
     if frame := frame_of(data):
         bits, height, width, components = struct.unpack_from(">BHHB", frame)

@@ -76,12 +76,13 @@ def launch(precision: str, one_thread: bool = False) -> Accelerator:
         own, instead = OVERRIDDEN[name]
         if value.lower() not in (own, "") and accelerator.is_main_process:
             print(f"{name}={printable(value)} is not used: {instead}", file=sys.stderr)
+    on_cpu = accelerator.device.type == "cpu"  # as `accelerate launch --cpu` may have it
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # all steps have the same shapes
-    if (one_thread or accelerated) and "OMP_NUM_THREADS" not in os.environ:
+    if (one_thread or not on_cpu) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    if not accelerated:
+    if on_cpu:
         # Once 31 MiB are freed, glibc keeps twice as much, and does not fault in what it gave back
         # a moment ago: views of large images take half the time (tests/benchmarks/NOTES.md).
         torch.empty(31 * 2**20, dtype=torch.uint8)
@@ -93,8 +94,8 @@ def bfloat16_advice(precision: str, device: torch.device) -> list[str]:
     if device.type != "cpu" or precision != "fp32" or not fast_bfloat16():
         return []
     return [
-        "this processor computes in bfloat16: --precision bf16 was measured 1.3 times as fast "
-        "(ResNet-18, ImageNet stem, 32 px) to 1.9 times (ResNet-50)"
+        "this processor computes in bfloat16: --precision bf16 was measured 1.3 (ResNet-18, "
+        "ImageNet stem, 32 px) to 1.9 times (ResNet-50) as fast"
     ]
 
 

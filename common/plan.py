@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -691,7 +690,9 @@ def read_metadata(plan: Plan, found: Found) -> None:
     Raises:
         UserError: rows differ on one file, or name splits.
     """
-    known = {path for part in plan.parts if found.metadata for path in part.paths}
+    if not found.metadata:
+        return
+    known = {path for part in plan.parts for path in part.paths}
     for file in sorted(found.metadata):
         rows = tables.metadata_rows(os.path.join(plan.root, file))
         if not rows:
@@ -739,7 +740,7 @@ def listing(plan: Plan, part: Part) -> list[tuple[str, int | None]]:
 
 def record_of(files: Sequence[Sequence[Any]]) -> bytes:
     """The names and sizes of files as `differences` reads them: JSON, one file to a line."""
-    encode, null = json.encoder.encode_basestring_ascii, "null"
+    encode, null = json.JSONEncoder().encode, "null"
     lines = [f"[{encode(name)}, {null if size is None else size}]\n" for name, size in files]
     return "".join(lines).encode()
 
@@ -799,14 +800,12 @@ def stats(paths: Sequence[str], times: bool) -> Iterator[tuple[str, Any]]:
                 found.append(None)
         return found
 
-    began, first = time.perf_counter(), paths[:SAMPLE]
-    known = about(first)
-    slow = time.perf_counter() - began > len(first) * SLOW
-    yield from zip(first, known, strict=True)
-    groups = [paths[i : i + 1024] for i in range(len(first), len(paths), 1024)]
-    if not slow:  # threads would only wait for each other
-        yield from zip(paths[len(first) :], chain.from_iterable(map(about, groups)), strict=True)
-        return
-    with ThreadPoolExecutor(32) as pool:  # a network's file system answers each after a while
-        for some, found in zip(groups, pool.map(about, groups), strict=True):
+    sample = paths[:: len(paths) // SAMPLE + 1]  # listing them may have told of the first ones
+    began = time.perf_counter()
+    about(sample)
+    slow = time.perf_counter() - began > len(sample) * SLOW
+    groups = [paths[i : i + 1024] for i in range(0, len(paths), 1024)]
+    # a network's file system answers each after a while; elsewhere threads wait for each other
+    with ThreadPoolExecutor(32) as pool:
+        for some, found in zip(groups, (pool.map if slow else map)(about, groups), strict=True):
             yield from zip(some, found, strict=True)

@@ -100,10 +100,10 @@ def nearest(
             itself = torch.full((len(part),), -1, device=device)  # none
             if exclude_self:
                 itself = torch.arange(start, start + len(part), device=device) + first - begin
-            near = screen.topk(part, k, itself) if screen else None
-            if near is None:  # nor is the screen of use to the next queries
-                screen, near = None, topk(part @ rows.T, k, itself)
-            value, index = near
+            if screen:
+                value, index = screen.topk(part, k, itself)
+            else:
+                value, index = topk(part @ rows.T, k, itself)
             found = value, index + begin
             if start in best:
                 value, index = (torch.cat(both, 1) for both in zip(best[start], found, strict=True))
@@ -141,7 +141,8 @@ class Screen:
     Where the CPU has instructions for it, the product takes a fifth of a float32 one's time. Every
     row is kept that may be among the k nearest whatever was rounded, which is bounded, and the
     similarities to these are computed in full precision, each by itself: the result is that of a
-    full product, and does not depend on the chunks.
+    full product, and does not depend on the chunks. A query that keeps too many rows, as where all
+    are alike, is compared with all of them.
 
     With u a query, b a row, m the rows' mean and c = b - m, the order of u.b over the rows is that
     of u.c, and c is shorter. With u' and c' the rounded ones, by Cauchy and Schwarz
@@ -179,11 +180,11 @@ class Screen:
         error = (queries - rounded).norm(dim=1, keepdim=True) * self.length
         return 1.01 * (error + self.error + sums)  # the norms are rounded, too
 
-    def topk(self, queries: Tensor, k: int, itself: Tensor) -> tuple[Tensor, Tensor] | None:
-        """As `topk` of the similarities to (Q, F) unit queries; None where it would be slower."""
+    def topk(self, queries: Tensor, k: int, itself: Tensor) -> tuple[Tensor, Tensor]:
+        """As `topk` of the similarities to (Q, F) unit queries."""
         count, most = len(self.rows), int(self.MOST * len(self.rows))
-        if k > most:
-            return None
+        if not 0 < k <= most:
+            return topk(queries @ self.rows.T, k, itself)
         rounded = queries.bfloat16()
         product = rounded @ self.rounded.T
         leave_out(product, itself)
@@ -198,18 +199,19 @@ class Screen:
         least = least - eps * least.abs() - 2 * self.bound(queries, rounded)
         least = least - eps * least.abs()
         near = product >= least.bfloat16()
-        if near.count_nonzero() > most * len(queries):  # all rows are alike
-            return None
+        counts = near.sum(1)
+        odd = (counts < k) | (counts > most)  # a query is NaN, or has many rows alike
+        near[odd], counts[odd] = False, 0
         row, column = near.nonzero(as_tuple=True)
-        counts = row.bincount(minlength=len(queries))
-        if counts.min() < k or counts.max() > most:  # a query is NaN, or has many alike
-            return None
         place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-        value = queries.new_full((len(queries), int(counts.max())), -torch.inf)
+        value = queries.new_full((len(queries), max(k, int(counts.max()))), -torch.inf)
         index = column.new_zeros(value.shape)
         value[row, place] = similarities(queries, self.rows, counts, column)
         index[row, place] = column
-        return largest(value, index, k)
+        value, index = largest(value, index, k)
+        if odd.any():
+            value[odd], index[odd] = topk(queries[odd] @ self.rows.T, k, itself[odd])
+        return value, index
 
 
 def similarities(queries: Tensor, rows: Tensor, counts: Tensor, column: Tensor) -> Tensor:

@@ -210,8 +210,17 @@ def picture(outcomes: Sequence[Outcome], path: Path, title: str) -> None:
             walls, knn = [each.wall for each in some], [each.knn for each in some]
             axes.plot(walls, knn, "o", color=COLOURS[side], markersize=4)
             means.append((mean(walls), mean(knn)))
-            axes.annotate(f" {epochs} ep.", means[-1], fontsize=8, color=COLOURS[side])
+            axes.annotate(
+                f"{epochs} ep.",
+                means[-1],
+                xytext=(0, 7),
+                textcoords="offset points",
+                fontsize=8,
+                color=COLOURS[side],
+                ha="center",
+            )
         axes.plot(*zip(*means, strict=True), color=COLOURS[side], label=side)
+    axes.margins(0.1)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds, from the start of the process to the encoder in its file")
     axes.set_ylabel(f"kNN (k {NEIGHBOURS}) Top-1 (%)")

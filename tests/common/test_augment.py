@@ -678,26 +678,34 @@ def test_a_list_of_images_gives_the_views_of_their_canvas(sizes, transform):
     assert torch.equal(batched(images, u), batched(canvas, u, known))
 
 
+def test_a_list_of_images_of_several_channels_is_refused():
+    images = [torch.rand(3, 200, 200), torch.rand(1, 200, 200)]
+    crop = Batched(v2.RandomResizedCrop(8, antialias=True))
+    with pytest.raises(augment.ViewError, match="images of 1 and 3 channels"):
+        crop(images, uniforms(2, crop.draws))
+
+
+def test_how_far_others_are_reduced_changes_no_bit_of_a_view():
+    """The number of taps is that of the image which is reduced most."""
+    images = torch.randint(0, 256, (40, 3, 600, 500), dtype=torch.uint8)
+    sizes = torch.randint(40, 500, (40, 2))
+    batched = Batched(v2.RandomResizedCrop(24, antialias=True))
+    u = uniforms(40, batched.draws)
+    together = batched(images, u, sizes)
+    for i in range(40):
+        assert torch.equal(
+            batched(images[i : i + 1], u[i : i + 1], sizes[i : i + 1])[0], together[i]
+        )
+
+
 # On an accelerator
-
-
-def test_a_parameter_that_is_expanded_can_be_pinned(monkeypatch):
-    """Pinned memory is laid out as what is copied into it, so each number needs a place of its own;
-    the blur's windows, the same for all pixels of an image, stopped the first run on a GPU."""
-
-    def pin(values):
-        memory = torch.empty_strided(values.shape, values.stride()).copy_(values)
-        return type("Pinned", (), {"to": lambda _, device, non_blocking: memory})()
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    values = torch.rand(2, 1, 3).expand(-1, 4, -1)
-    assert torch.equal(augment.send(values, torch.device("cuda")), values)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("size", [(20, 30), (180, 150)])
-def test_a_gpu_makes_the_same_views(size):
-    batched, images = Batched(SIMCLR, torch.float64), torch.rand(8, 3, *size, dtype=torch.float64)
+@pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+def test_a_gpu_makes_the_same_views(size, dtype, most):
+    batched, images = Batched(SIMCLR, dtype), torch.randint(0, 256, (8, 3, *size)).byte()
     u = uniforms(8, batched.draws)
-    assert (batched(images.cuda(), u).cpu() - batched(images, u)).abs().max() < 1e-9
+    assert (batched(images.cuda(), u).cpu() - batched(images, u)).abs().max() < most

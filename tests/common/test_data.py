@@ -1,5 +1,6 @@
 """Images in: every kind of source, every kind of file, bad files, and an order of one's own."""
 
+import functools
 import io
 import os
 import time
@@ -622,6 +623,7 @@ def test_odd_jpegs_are_the_same_by_both_decoders(tmp_path):
 def test_damaged_jpegs_end_the_same_by_both_decoders(kind):
     whole, random = jpeg(20, 24, **kind), np.random.default_rng(0)
     damaged = [whole[:length] for length in range(len(whole) - 60, len(whole))]
+    damaged += [whole[:length] + formats.EOI for length in range(len(whole) - 300, len(whole), 7)]
     for _ in range(150):
         each = bytearray(whole)
         for _ in range(random.choice([1, 1, 3])):
@@ -630,15 +632,23 @@ def test_damaged_jpegs_end_the_same_by_both_decoders(kind):
     assert_same(damaged, least=50)
 
 
+def test_a_progressive_jpeg_without_its_last_scans_is_left_to_pillow():
+    whole = jpeg(40, 48, progressive=True)
+    scans = [at for at in range(len(whole)) if whole.startswith(b"\xff\xda", at)]
+    assert len(scans) > 5 and plain_jpeg(whole, MAX_SIDE) == whole
+    for at in scans[1:]:
+        assert plain_jpeg(whole[:at] + formats.EOI, MAX_SIDE) is None
+
+
 def test_a_libjpeg_that_rounds_differently_is_not_used(monkeypatch):
     image = jpeg(33, 40)
     expected, rounded = by_pillow(image), lambda jpeg: by_pillow(jpeg) ^ 1
     for other in (rounded, lambda jpeg: torch.ops.image.there_is_no_such_operation(jpeg)):
-        data.decoders_agree.cache_clear()
+        monkeypatch.setattr(
+            data, "decoders_agree", functools.cache(data.decoders_agree.__wrapped__)
+        )
         monkeypatch.setattr(data, "by_torchvision", other)
         assert not data.decoders_agree() and torch.equal(decode(image), expected)
-    monkeypatch.undo()
-    data.decoders_agree.cache_clear()
 
 
 def test_a_jpeg_of_many_bytes_is_not_read_whole(tmp_path, monkeypatch):
@@ -647,6 +657,13 @@ def test_a_jpeg_of_many_bytes_is_not_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "MOST_JPEG", 60_000)
     assert plain_jpeg(tmp_path / "a.jpg", MAX_SIDE) is None
     assert decode(tmp_path / "a.jpg").shape == (3, 33, 40)
+
+
+def test_noise_is_seeded_as_torch_does_it():
+    torch.manual_seed(generator("noise", 7).initial_seed())
+    expected = torch.rand(3)
+    data.seed_noise(torch.device("cpu"), "noise", 7)
+    assert torch.equal(torch.rand(3), expected)
 
 
 # ---- bad images ----------------------------------------------------------------------------------
@@ -860,10 +877,3 @@ def test_real_jpegs_are_the_same_by_both_decoders():
     for name, most in (("clothing", 100), ("camvid", 30), ("bccd", 30)):
         paths = sorted(map(str, Path(real(name)).rglob("*.jpg")))
         assert_same(paths[:: len(paths) // most], least=most // 2)
-
-
-def test_noise_is_seeded_as_torch_does_it():
-    torch.manual_seed(generator("noise", 7).initial_seed())
-    expected = torch.rand(3)
-    data.seed_noise(torch.device("cpu"), "noise", 7)
-    assert torch.equal(torch.rand(3), expected)

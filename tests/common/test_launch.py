@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,14 @@ def test_a_small_network_computes_on_one_thread_unless_told_otherwise(monkeypatc
             if given:
                 monkeypatch.setenv("OMP_NUM_THREADS", "3")
             launch.launch("fp32", one_thread)
+            assert torch.get_num_threads() == threads
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        for device, threads in (("cuda", 1), ("cpu", 3)):  # a machine with a GPU, and --cpu there
+            torch.set_num_threads(3)
+            stand_in = SimpleNamespace(device=torch.device(device), num_processes=1)
+            monkeypatch.setattr(launch, "Accelerator", lambda stand_in=stand_in, **_: stand_in)
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            launch.launch("fp32")
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
