@@ -277,7 +277,7 @@ class ImageSplit:
         shape = tried[0].shape
         alike = all(image.shape == shape for image in tried)
         with torch.inference_mode(False):  # else no other thread may write to it
-            rows = torch.zeros(len(self), *shape, dtype=torch.uint8) if alike else None
+            rows = torch.empty(len(self), *shape, dtype=torch.uint8) if alike else None
         apart: dict[int, Tensor] = {}  # what has no row
 
         def decode_some(places: range) -> None:
@@ -292,9 +292,11 @@ class ImageSplit:
         with ThreadPoolExecutor(decoding_threads(statistics.median(seconds))) as pool:
             list(pool.map(decode_some, tasks))
         if rows is None or apart:
+            # rows of other shapes were never written to, so they take no memory
             each = [torch.empty(0)] * len(self) if rows is None else list(rows)
             self.store = [apart.get(i, image) for i, image in enumerate(each)]
         else:
+            rows[list(self.bad)] = 0
             self.store = rows
         return True
 
