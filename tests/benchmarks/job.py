@@ -31,13 +31,15 @@ from statistics import mean
 
 import sides
 import throughput
+import torch
+from torch import nn
 
-from common import cli
+from common import cli, encoders
 from common.data import ImageSplit, open_images
 from common.errors import UserError
 from common.files import atomic_write_bytes
 from common.launch import provenance
-from eval.encoder import load_encoder
+from eval.encoder import Preprocess, load_encoder
 from eval.features import extract
 from eval.knn import accuracy, predict
 
@@ -146,9 +148,15 @@ def encoder_of(out: Path) -> Path:
 def judged(encoder: Path, train: ImageSplit, test: ImageSplit) -> float:
     """kNN Top-1 in percent: the same images, network and code for whoever trained the encoder."""
     loaded = load_encoder(encoder)
+    return knn_of(loaded.network, loaded.input, train, test)
+
+
+def knn_of(
+    network: nn.Module, preprocess: Preprocess, train: ImageSplit, test: ImageSplit
+) -> float:
+    network = network.to(sides.DEVICE).eval()
     (bank, labels), (queries, truth) = (
-        extract(loaded.network.to(sides.DEVICE), split, loaded.input, sides.DEVICE, progress=False)
-        for split in (train, test)
+        extract(network, split, preprocess, sides.DEVICE, progress=False) for split in (train, test)
     )
     ranking, _ = predict(
         queries,
@@ -263,6 +271,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=throughput.BUILD / "bench" / "job")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also write a record there")
     options = parser.parse_args(argv)
+    if min(options.rounds, *options.epochs) < 1:
+        raise UserError("--rounds and --epochs: 1 or more")
     options.out = options.out.resolve()  # the sides are started in the project's folder
     if options.images < options.batch_size:
         raise UserError(f"--images {options.images}: fewer than --batch-size {options.batch_size}")
@@ -283,6 +293,9 @@ def main(argv: Sequence[str] | None = None) -> list[Outcome]:
     size = f"{options.images:,} images, batch {options.batch_size}"
     title = f"CIFAR-10 (JPEG copy), R18 with ImageNet stem, {size}, {throughput.device()}"
     print(f"{title}; kNN on {options.tests:,} test images")
+    torch.manual_seed(0)
+    untrained = knn_of(encoders.build("resnet18"), Preprocess(32, crop=1.0), train, test)
+    print(f"untrained: kNN {untrained:.1f}", flush=True)
     outcomes: list[Outcome] = []
     for turn in range(options.rounds):
         for epochs in options.epochs:

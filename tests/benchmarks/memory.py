@@ -8,6 +8,7 @@ its own, by resident memory (Linux): `kept` is what stays, `peak` the most above
 before. Below it is what the process of a tiny run holds after some of its epochs.
 """
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -344,6 +345,7 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     if sys.platform != "linux":
         raise UserError("memory: of Linux only, which says what a process holds in /proc")
     show(table())

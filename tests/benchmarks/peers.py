@@ -11,7 +11,6 @@ not use.
 import argparse
 import json
 import math
-import os
 import time
 
 import sides
@@ -25,7 +24,7 @@ from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 SIZE = 32  # pixels
-WORKERS = os.cpu_count() or 1  # lightly's example has 8, which on two cores are slower than two
+WORKERS = torch.get_num_threads()  # lightly's example has 8, slower than two on two cores
 
 
 def lightly(o: argparse.Namespace) -> tuple[nn.Module, dict, int, float]:

@@ -61,9 +61,10 @@ def test_the_sides_get_as_many_pairs_and_one_judge(source, monkeypatch, capsys):
     assert all(0 <= each.knn <= 100 for each in (ours, plain))
     assert len(list((out / "images" / "train").rglob("*.jpg"))) == 64
     bank, queries = judged_on[:2]
-    assert judged_on == [bank, queries] * 2
+    assert judged_on == [bank, queries] * 3  # of an untrained encoder, too
     assert (bank[1:], queries[1:]) == ((64, 32, 1.0), (40, 32, 1.0))
-    assert "ours, 1 epoch " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "ours, 1 epoch " in said and "untrained: kNN " in said
     shown = matplotlib.image.imread(out.with_suffix(".png"))[..., :3]
     for side, there in (("ours", True), ("plain", True), ("lightly", False)):
         colour = matplotlib.colors.to_rgb(job.COLOURS[side])
