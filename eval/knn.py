@@ -61,6 +61,7 @@ def predict(
     return vote(similarity, labels[index], classes, temperature)
 
 
+@torch.no_grad()
 def nearest(
     queries: Tensor,
     bank: Tensor,
@@ -94,7 +95,8 @@ def nearest(
     best: dict[int, tuple[Tensor, Tensor]] = {}  # of each chunk of queries
     for begin in range(0, len(bank), bank_chunk):
         rows = F.normalize(bank[begin : begin + bank_chunk].to(device, queries.dtype), dim=1)
-        screen = Screen(rows) if device.type == "cpu" and fast_bfloat16() else None
+        fits = device.type == "cpu" and rows.dtype in (torch.float32, torch.float64)
+        screen = Screen(rows) if fits and fast_bfloat16() else None
         for start in range(0, len(queries), chunk):
             part = F.normalize(queries[start : start + chunk].to(device), dim=1)
             itself = torch.full((len(part),), -1, device=device)  # none

@@ -287,6 +287,13 @@ def test_only_images_that_are_judged_are_counted(tmp_path, left_out):
     assert row["interval"] == confidence(100.0, row["test_images"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_features_of_any_precision_and_with_gradients(screened, dtype):
+    bank = features("noise", 3000).to(dtype).requires_grad_()
+    fast, plain, _ = screened(bank[:20], bank, 5)
+    assert fast[0].dtype == dtype and torch.equal(fast[1], plain[1])
+
+
 def test_one_image_alone_has_no_neighbour(screened):
     fast, plain, _ = screened(torch.rand(1, 8), torch.rand(1, 8), 5, exclude_self=True)
     assert [rows.shape for rows in (*fast, *plain)] == [(1, 0)] * 4
