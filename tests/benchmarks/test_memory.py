@@ -48,7 +48,8 @@ def test_formulas():
     for row in rows:
         if "at most" in row["formula"]:
             assert row["measured"] < 1.1 * row["predicted"], row
-        elif "decoded" not in row["what"]:  # what images leave behind each is not predicted
+        elif "while" in row["what"]:  # a peak, with what the steps of one image take
+            assert row["measured"] < 1.3 * row["predicted"] + 10 * MB, row
+        else:
             off = abs(row["measured"] - row["predicted"])
             assert off < 0.1 * row["predicted"] + 10 * MB, row  # allocations of a few kB leave gaps
-        assert row["measured"] < 2 * row["predicted"] + 8 * MB, row
