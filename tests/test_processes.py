@@ -111,15 +111,19 @@ def test_in_double_precision(runs, processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_in_single_precision(method, runs, processes):
-    """To 1e-5 at the first step, then as near to float64 as float32 is on one process, or within
-    5e-4 of the largest loss: by how much float32 drifts in 30 steps is luck (MoCo on one process
-    4.5e-4 of it, and 1e-7 since its views are rounded otherwise; on two 7e-5).
+    """To 1e-5 in the first steps, then as near to float64 as float32 is on one process.
+
+    By how much float32 drifts is luck in two cases, which have bounds of their own. With GN + WS
+    the loss falls twentyfold in these steps (4e-6 of the largest loss on one process, 3e-5 on
+    four). With MoCo a unit of a ReLU may turn on or off by rounding: with four seeds one process
+    drifted by 1e-7, 1e-7, 4e-4 and 7e-4 of the largest loss, two by 4e-5, 9e-5, 4e-4 and 7e-4.
     """
     exact, one, many = (losses(runs[k]) for k in (("fp64", 1), ("fp32", 1), ("fp32", processes)))
-    assert abs(one[0] - many[0]) < 1e-5 * exact[0]
+    assert np.abs(one - many)[:4].max() < 1e-5 * exact[0]
     drift = np.abs(one - exact).max()
     assert 1e-7 < drift < 0.2 * exact.max()  # else it would say nothing
-    bound = max(DRIFT * drift, 5e-4 * exact.max())
+    share = {"byol gn+ws": 1e-4, "moco": 5e-4}.get(method)
+    bound = share * exact.max() if share else DRIFT * drift
     assert np.abs(many - exact).max() < bound, (drift, np.abs(many - exact))
 
 

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import gc
 import io
+import math
 import multiprocessing
 import os
 import sys
@@ -174,12 +175,18 @@ def making(batch: int) -> list[Row]:
     _, kept, peak = measured(lambda: make(pairs), lambda: make(few))
     size = IMAGENET_100.image_size
     made = 2 * batch * 3 * size**2 * 4
+    longest, largest = (max(map(of, SIZES)) for of in (max, math.prod))
+    taps = (
+        2 * math.ceil(2 * longest / size) + 1
+    )  # of a bicubic crop, of which 40 bytes are 6 floats
+    weights = batch * size * taps * 40  # and 2 indices, while they are computed
+    one = 6 * 3 * largest * 4  # an image on its way through the steps, in so many float copies
     return [
         Row(f"views of {batch} photographs, 224 px", "2 B x 3 S^2 x 4", made, kept),
         Row(
             "  while they are made, in each worker",
-            "images and views",
-            3 * pixels(batch) + made,
+            "images, views, crop weights, the steps of one image",
+            3 * pixels(batch) + made + weights + one,
             peak,
         ),
     ]

@@ -48,8 +48,7 @@ def test_formulas():
     for row in rows:
         if "at most" in row["formula"]:
             assert row["measured"] < 1.1 * row["predicted"], row
-        elif "while" in row["what"]:  # a peak, with what the steps of one image take
-            assert row["measured"] < 1.3 * row["predicted"] + 10 * MB, row
         else:
             off = abs(row["measured"] - row["predicted"])
-            assert off < 0.1 * row["predicted"] + 10 * MB, row  # allocations of a few kB leave gaps
+            slack = 0.2 if "decoded" in row["what"] else 0.1
+            assert off < slack * row["predicted"] + 10 * MB, row  # small allocations leave gaps

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -137,24 +138,30 @@ def test_an_error_does_not_wait_for_workers(tmp_path):
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
+BATCHES = (
+    "import sys, torch; from common import cli; from common.data import open_images; "
+    "cli.run(lambda: list(open_images(sys.argv[1]).batches(torch.arange(16).split(8), workers=2)))"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("side, status", [(600, 0), (100, 2)])  # what is handed over are views
-def test_a_small_shared_memory_is_one_line(side, status, tmp_path):
+@pytest.mark.parametrize("large", ["views", "images", "neither"])
+def test_a_small_shared_memory_is_one_line(large, tmp_path):
+    """Workers hand over views where they make them, and only else the decoded images."""
+    side, size = (100, 400) if large == "views" else (600, 16)
+    status = 0 if large == "neither" else 2
     for i in range(16):
         Image.new("RGB", (side, side), (9 * i, 0, 0)).save(tmp_path / f"{i:02}.png")
-    size, out = (16, 400)[side == 100], tmp_path / "run"
-    words = (
-        f"-m simclr.pretrain demo --data {tmp_path} --out {out} --image-size {size} --batch-size "
-    )
-    words += "8 --epochs 1 --warmup-epochs 0 --knn-every 0 --memory-gb 0 --workers 2"
+    words = f"-m simclr.pretrain demo --data {tmp_path} --out {tmp_path}/run --image-size {size} "
+    words += "--batch-size 8 --epochs 1 --warmup-epochs 0 --knn-every 0 --memory-gb 0 --workers 2"
+    words = f"-c {shlex.quote(BATCHES)} {tmp_path}" if large == "images" else words
     script = f"mount -t tmpfs -o size=4m none /dev/shm || exit 77; {sys.executable} {words}"
     command = ["unshare", "-m", "timeout", "-k", "5", "90", "bash", "-c", script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if "unshare" in done.stderr or done.returncode == 77:
         pytest.skip("a small /dev/shm cannot be mounted here")
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
-    said = "error: too little shared memory (/dev/shm)" in done.stderr
-    assert said == (status == 2)
+    assert ("error: too little shared memory (/dev/shm)" in done.stderr) == bool(status)
 
 
 # ---- names that are not UTF-8 --------------------------------------------------------------------
