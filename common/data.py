@@ -124,7 +124,7 @@ def decoders_agree() -> bool:
     """Whether torchvision decodes JPEGs here, and to the same bits as Pillow.
 
     Each brings a libjpeg of its own, and a Pillow built elsewhere any other, which may round
-    differently. A few small pictures of noise tell, in a millisecond.
+    differently. A few small pictures of noise tell, in ten milliseconds.
     """
     noise = torch.randint(256, (19, 37, 3), dtype=torch.uint8, generator=generator("decoders"))
     try:
