@@ -18,6 +18,7 @@ A network of your own is one more line in `build`.
 import contextlib
 import difflib
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -152,11 +153,21 @@ def output_width(network: nn.Module, channels: int, image_size: int, name: str =
 
 @contextlib.contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Evaluate in the block; afterwards every layer has its own mode again, also a frozen one."""
+    """Evaluate in the block; afterwards every layer has its own mode again, also a frozen one.
+
+    A compiled network runs as it is written: its code would be compiled again for evaluation and
+    for each size of batch, which takes longer than the images of most evaluations.
+    """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
+    may_be_compiled = "torch._dynamo" in sys.modules  # to import it takes a second
     try:
-        yield
+        with (
+            torch.compiler.set_stance("force_eager")
+            if may_be_compiled
+            else contextlib.nullcontext()
+        ):
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -237,11 +237,11 @@ class Run:
         # the signals are caught before decoding workers start, which keep what they find
         with StopSignal(self.accelerator.num_processes) as stop:
             stream = pairs(self.start_step, self.total_steps)
-            began, waited, done = time.perf_counter(), 0.0, 0
+            began, done = time.perf_counter(), 0
+            waiting = Waiting(self.accelerator.device)
             for step in range(self.start_step, self.total_steps):
-                asked = time.perf_counter()
-                views = next(stream)
-                waited += time.perf_counter() - asked
+                with waiting:
+                    views = next(stream)
                 # what a network itself draws, as in dropout, is the same after a restart
                 rank, device = self.accelerator.process_index, self.accelerator.device
                 seed_noise(device, self.run_cfg.seed, "network", step, rank)
@@ -250,8 +250,8 @@ class Run:
                 self._bar.update(batch_size)
                 if self.should_log(step):
                     spent = time.perf_counter() - began
-                    self._log_timings(step, done * batch_size / spent, waited / spent)
-                    began, waited, done = time.perf_counter(), 0.0, 0
+                    self._log_timings(step, done * batch_size / spent, waiting.taken() / spent)
+                    began, done = time.perf_counter(), 0
                 if (signum := stop.agreed()) and step + 1 < self.total_steps:
                     self._stop(step + 1, signum)
         self._bar.close()
@@ -403,6 +403,40 @@ class Run:
         text = {key: to_json(value) for key, value in (known | dict(self.metadata)).items()}
         with atomic_write(self.folder / "encoder.safetensors") as aside:
             save_file(tensors, aside, metadata=text)
+
+
+class Waiting:
+    """The time for which steps had no views, summed over `with` blocks that fetch them.
+
+    On a CUDA device it is the time for which the device had nothing to do before they came: while
+    it computes one step, this process may well prepare the next.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.intervals: list[tuple[Any, Any]] = []  # seconds, or events
+
+    def now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        self.began = self.now()
+
+    def __exit__(self, *_: object) -> None:
+        self.intervals.append((self.began, self.now()))
+
+    def taken(self) -> float:
+        """Seconds, since this was last called; it waits for the device to come to the last."""
+        intervals, self.intervals = self.intervals, []
+        if not self.cuda:
+            return sum(end - began for began, end in intervals)
+        if intervals:
+            intervals[-1][1].synchronize()
+        return sum(began.elapsed_time(end) for began, end in intervals) / 1000
 
 
 def place_of(source: str) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """Two augmented views of every image of every batch, from any step of a run on."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -9,8 +9,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from common.augment import Batched, ViewError, send
-from common.data import Batch, ImageSplit, batch_indices, generator
+from common.data import ImageSplit, batch_indices, generator
 from common.errors import UserError
+
+TOGETHER = 2**26  # bytes of pixels of which an accelerator makes one view at a time
 
 
 class ViewPairs:
@@ -51,8 +53,8 @@ class ViewPairs:
         self.device = torch.device(device)
         self.batch_size, self.drop_last = batch_size, drop_last
         self.augmentations = [Batched(transform, dtype=dtype) for transform in transforms]
-        local_size = batch_size // processes
-        self.local = slice(rank * local_size, (rank + 1) * local_size)
+        self.local_size = batch_size // processes
+        self.local = slice(rank * self.local_size, (rank + 1) * self.local_size)
         # Decoding workers share what runs image by image, as in a `Dataset`; without them, for
         # images in memory, what has a batched form stays on the device.
         by_workers = bool(self.unbatched) and images.store is None
@@ -127,10 +129,12 @@ class ViewPairs:
         """
         orders = map(self.indices, range(first, last))
         make = partial(self.pair, first)
-        if self.augmentation_device.type == "cpu":
+        if self.resident is not None:
+            pairs = self.from_resident(range(first, last))
+        elif self.augmentation_device.type == "cpu":
             pairs = self.images.batches(orders, self.workers, make)
         else:
-            batches = enumerate(self.batches(orders))
+            batches = enumerate(self.images.batches(orders, self.workers))
             pairs = (make(i, batch.images, batch.sizes) for i, batch in batches)
         for pair in pairs:
             if isinstance(pair, UserError):
@@ -138,10 +142,36 @@ class ViewPairs:
             view1, view2 = (view.to(self.device, non_blocking=True) for view in pair)
             yield view1, view2
 
+    def from_resident(self, steps: range) -> Iterator[tuple[Tensor, Tensor] | UserError]:
+        """The pairs of images in the accelerator's memory, those of several steps made at once.
+
+        Small images take less time than the calls of the 700 operations behind a pair (512 of 32 px
+        on an H200: 1.7 ms and 18 ms), and these take no longer for many images than for few.
+        """
+        images = self.resident
+        assert images is not None
+        view_bytes = self.local_size * images[0].numel() * self.augmentations[0].dtype.itemsize
+        together = max(1, TOGETHER // view_bytes)
+        for some in (steps[i : i + together] for i in range(0, len(steps), together)):
+            order = torch.cat([self.indices(step) for step in some])
+            rows = images.index_select(0, send(order, images.device))
+            pair = self.pair(some[0], 0, rows, steps=len(some))
+            if isinstance(pair, UserError):
+                yield pair
+            else:
+                yield from zip(*(view.split(self.local_size) for view in pair), strict=True)
+
     def pair(
-        self, first: int, i: int, images: Tensor | list[Tensor], sizes: Tensor | None = None
+        self,
+        first: int,
+        i: int,
+        images: Tensor | list[Tensor],
+        sizes: Tensor | None = None,
+        steps: int = 1,
     ) -> tuple[Tensor, Tensor] | UserError:
         """The views of the images of step `first + i`, on a canvas of which they fill `sizes`.
+
+        Or of that many steps from it on, one after the other.
 
         An error is returned: one raised in a worker would arrive as a page of traceback.
         """
@@ -149,21 +179,16 @@ class ViewPairs:
             images = images.to(self.augmentation_device, non_blocking=True)
         try:
             view1, view2 = (
-                augmentation(images, self.draws(first + i, view), sizes)
+                augmentation(
+                    images,
+                    torch.cat([self.draws(first + i + k, view) for k in range(steps)]),
+                    sizes,
+                )
                 for view, augmentation in enumerate(self.augmentations)
             )
         except ViewError as error:
             return UserError(str(error))
         return view1, view2
-
-    def batches(self, orders: Iterable[Tensor]) -> Iterator[Batch]:
-        """The images, from the accelerator's memory if they are resident."""
-        if self.resident is None:
-            yield from self.images.batches(orders, self.workers)
-            return
-        for order in orders:
-            images = self.resident.index_select(0, send(order, self.device))
-            yield Batch(images, torch.tensor(images.shape[2:]).expand(len(images), 2), order)
 
 
 def resident(images: ImageSplit, device: torch.device) -> Tensor | None:

@@ -179,18 +179,17 @@ class SplitBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.groups == 1:
             return super().forward(input)
-        means = self.running_mean.repeat(self.groups, 1)  # (groups, C)
-        variances = self.running_var.repeat(self.groups, 1)
-        parts = zip(input.chunk(self.groups), means, variances, strict=True)
-        output = [
-            F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
-            for x, mean, var in parts
-        ]
+        own = self.running_mean, self.running_var, self.weight, self.bias
+        # The groups side by side, as further channels: one call, where one for each group would
+        # keep a GPU waiting for most of a step.
+        mean, var, weight, bias = (x.repeat(self.groups) for x in own)
+        side_by_side = torch.cat(input.chunk(self.groups), dim=1)  # (B / groups, groups C, ...)
+        output = F.batch_norm(side_by_side, mean, var, weight, bias, True, self.momentum, self.eps)
         with torch.no_grad():
-            self.running_mean.copy_(means.mean(0))
-            self.running_var.copy_(variances.mean(0))
+            self.running_mean.copy_(mean.view(self.groups, -1).mean(0))
+            self.running_var.copy_(var.view(self.groups, -1).mean(0))
             self.num_batches_tracked += 1
-        return torch.cat(output)
+        return torch.cat(output.chunk(self.groups, dim=1))
 
 
 # ---- processes -----------------------------------------------------------------------------------

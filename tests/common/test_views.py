@@ -10,6 +10,7 @@ import torch
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
+import common.views
 from common.cli import UserError
 from common.data import ImageSplit, batch_indices
 from common.views import ViewPairs
@@ -180,3 +181,24 @@ def test_of_run_takes_the_settings_of_a_run(precision, dtype):
     expected = stacked(pairs(rank=1, processes=2, **settings), 1, 4)
     assert expected.dtype == dtype and stream.workers == 1
     assert torch.equal(stacked(stream, 1, 4), expected)
+
+
+@pytest.mark.parametrize("transform", [T, v2.Compose([T, v2.RandomErasing(p=0.5)])])
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("together", [1, 2, 3, 100])
+def test_pairs_of_several_steps_made_at_once_are_those_of_one_after_the_other(
+    together, processes, transform, monkeypatch
+):
+    """As on an accelerator that holds the images."""
+    images = some_images()
+    assert images.into_memory(1.0)
+    settings = {"transforms": (T, transform), "rank": processes - 1, "processes": processes}
+    expected = stacked(pairs(images, **settings), 2, 9)
+    made = []
+    monkeypatch.setattr(common.views, "resident", lambda images, device: images.store)
+    monkeypatch.setattr(common.views, "TOGETHER", together * BATCH // processes * 16 * 16 * 3 * 4)
+    stream = pairs(images, **settings)
+    pair = stream.pair
+    monkeypatch.setattr(stream, "pair", lambda *a, **k: made.append(k["steps"]) or pair(*a, **k))
+    assert torch.equal(stacked(stream, 2, 9), expected)
+    assert made == {1: 7 * [1], 2: [2, 2, 2, 1], 3: [3, 3, 1], 100: [7]}[together]
