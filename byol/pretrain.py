@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from common import encoders
 from common.data import open_split
 from common.errors import one_line
-from common.launch import launch
+from common.launch import launch, record_cuda_graphs
 from common.plan import plan_of
 from common.run import Run
 from common.views import ViewPairs
@@ -103,6 +103,10 @@ def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
     if run_cfg.compile:
         network.encoder.compile()
         target.encoder.compile()
+    if run_cfg.cuda_graphs:
+        views = next(pairs(0, 1))
+        record_cuda_graphs(network, views, accelerator)
+        record_cuda_graphs(target, views, accelerator)
     online, optimizer = accelerator.prepare(network, optimizer)
     run.print(f"loss at chance {chance_loss():.3f} = 2 + 2; low is not good: see feature_std")
     loop = train_in_parts if cfg.accumulate > 1 else train

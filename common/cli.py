@@ -69,6 +69,7 @@ def parse(
     except ValueError as error:
         raise UserError(str(error)) from error
     check_environment(run_cfg, cfg.arch)  # type: ignore[attr-defined]
+    check_cuda_graphs(cfg, run_cfg)
     try:
         check_source(cfg.data)  # type: ignore[attr-defined]
     except UserError as error:
@@ -168,6 +169,24 @@ def is_first() -> bool:
     """Whether this process tells what all meet: of several the first, and a single one always."""
     world, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "")
     return not (world.isdigit() and rank.isdigit() and 0 < int(rank) < int(world))
+
+
+def check_cuda_graphs(cfg: Any, run_cfg: RunConfig) -> None:
+    """Refuse to record a network that runs in another way than once in each step, by itself.
+
+    Raises:
+        UserError: with the flag that does not go with it.
+    """
+    others = {
+        "--compile": run_cfg.compile,
+        "--online-linear": run_cfg.online_linear,
+        "--grad-cache-chunk": getattr(cfg, "grad_cache_chunk", 0),
+        "--accumulate": getattr(cfg, "accumulate", 1) > 1,
+        "several processes": world_size() > 1,
+    }
+    given = [name for name, is_given in others.items() if is_given]
+    if run_cfg.cuda_graphs and given:
+        raise UserError(f"--cuda-graphs: not with {given[0]}; choose one")
 
 
 def check_environment(run_cfg: RunConfig, arch: str) -> None:

@@ -73,6 +73,8 @@ class RunConfig(SourceConfig):
     seed: int = fixed(1)  # seed of initial weights, order of the images and views
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = fixed("fp32")  # precision of the networks
     compile: bool = False  # torch.compile the encoders: a minute, for 3 % on a CPU
+    cuda_graphs: bool = False
+    """on one GPU: record the networks' passes as CUDA graphs, for small networks and images"""
     processes: int = 0  # refuse to start unless so many were launched; 0: any number
     workers: int = 8  # decoding processes, where the images do not fit in memory
     memory_gb: float = 4.0  # decode once and keep the pixels if they need less than this

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from accelerate import Accelerator
+from torch import Tensor, nn
 
 from common.cli import world_size
 from common.errors import UserError, printable
@@ -102,6 +104,35 @@ def bfloat16_advice(precision: str, device: torch.device) -> list[str]:
 def fast_bfloat16() -> bool:
     """Whether the processor multiplies in bfloat16, and adds in float32."""
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def record_cuda_graphs(
+    network: nn.Module, views: Sequence[Tensor], accelerator: Accelerator
+) -> None:
+    """Record the forward and the backward pass of a network, each to be started by one call.
+
+    A step of ResNet-18 at 32 px has 600 to 1,500 operations, most of which are over on a GPU before
+    the next is called. In training mode the network then runs its recording, which knows nothing of
+    later hooks, of a second call before the backward pass, or of gradients that are accumulated.
+
+    Args:
+        network: of whose parameters and buffers the places stay; as `accelerator.prepare` gets it.
+        views: as it is called with, (B, C, H, W) each: always so many of this shape and dtype.
+
+    Raises:
+        UserError: there is no CUDA device.
+    """
+    if accelerator.device.type != "cuda":
+        raise UserError("--cuda-graphs: there is no CUDA device")
+    network.to(accelerator.device)
+    buffers = list(network.buffers())  # running statistics, which the passes before it move
+    before = [buffer.clone() for buffer in buffers]
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    mixed = precision is not None
+    with torch.autocast("cuda", precision, enabled=mixed, cache_enabled=False):
+        torch.cuda.make_graphed_callables(network, tuple(views), allow_unused_input=True)
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
 
 
 # ---- stopping ------------------------------------------------------------------------------------

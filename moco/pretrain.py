@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from common import encoders
 from common.data import generator, open_split
 from common.errors import one_line
-from common.launch import launch
+from common.launch import launch, record_cuda_graphs
 from common.plan import plan_of
 from common.run import Run
 from common.views import ViewPairs
@@ -95,6 +95,10 @@ def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
     if run_cfg.compile:
         encoder.compile()
         network.encoder_k.encoder.compile()
+    if run_cfg.cuda_graphs:
+        views = next(pairs(0, 1))
+        record_cuda_graphs(network.encoder_q, views[: 1 + cfg.symmetric], accelerator)
+        record_cuda_graphs(network.encoder_k, views[:1], accelerator)
     query, optimizer = accelerator.prepare(network.encoder_q, optimizer)
     run.print(
         f"loss at chance {chance_loss(cfg.queue_size) * (1 + cfg.symmetric):.3f}; the loss RISES "

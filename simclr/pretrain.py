@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from common import encoders
 from common.data import open_split
 from common.errors import one_line
-from common.launch import launch
+from common.launch import launch, record_cuda_graphs
 from common.plan import plan_of
 from common.run import Run
 from common.views import ViewPairs
@@ -82,6 +82,8 @@ def main(recipe: str, cfg: Config, run_cfg: RunConfig) -> None:
     )
     if run_cfg.compile:
         network.encoder.compile()
+    if run_cfg.cuda_graphs:
+        record_cuda_graphs(network, next(pairs(0, 1)), accelerator)
     chunks = cfg.batch_size // cfg.grad_cache_chunk if cfg.grad_cache_chunk else 1
     model, optimizer = accelerator.prepare(
         GradCache(network, chunks) if chunks > 1 else network, optimizer

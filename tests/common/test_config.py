@@ -94,8 +94,8 @@ def refuse(tmp_path):
 
 
 FREE = {
-    "out": "elsewhere", "compile": True, "processes": 3, "workers": 0, "memory_gb": 9.0,
-    "log_every": 1, "save_every": 0.5, "knn_every": 0.0, "trackers": ("wandb",),
+    "out": "elsewhere", "compile": True, "cuda_graphs": True, "processes": 3, "workers": 0,
+    "memory_gb": 9.0, "log_every": 1, "save_every": 0.5, "knn_every": 0.0, "trackers": ("wandb",),
 }  # fmt: skip
 FIXED = {
     "seed": 2, "split": "test", "image_column": "a", "label_column": "b", "precision": "bf16",

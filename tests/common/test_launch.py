@@ -1,6 +1,7 @@
 """Starting and stopping the processes of a run, and the commit that its record names."""
 
 import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -17,7 +18,16 @@ from PIL import Image
 from common import launch
 from common.data import epoch_order
 from common.errors import UserError
-from tests.helpers import ROOT, checkpoints, ended, forget_processes, forked, rows
+from tests.helpers import (
+    METHODS,
+    ROOT,
+    checkpoints,
+    ended,
+    forget_processes,
+    forked,
+    pretrain,
+    rows,
+)
 
 
 def flags(out, *more):
@@ -55,6 +65,56 @@ def test_a_small_network_computes_on_one_thread_unless_told_otherwise(monkeypatc
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recording_gets_what_each_step_calls_and_leaves_the_statistics(
+    method, tmp_path, monkeypatch
+):
+    """On a stand-in: a GPU's recording runs a network a few times, as this one does."""
+    recorded = []
+
+    def record(network, views, allow_unused_input):
+        assert allow_unused_input and not torch.is_autocast_cache_enabled()
+        before = [buffer.clone() for buffer in network.buffers()]
+        for _ in range(3):
+            network(*views)
+        assert any(not torch.equal(*pair) for pair in zip(before, network.buffers(), strict=True))
+        recorded.append((len(views), views[0].shape[0]))
+
+    kept = launch.record_cuda_graphs
+
+    def on_a_stand_in(network, views, accelerator):
+        device = SimpleNamespace(type="cuda")
+        network.to = lambda device: network
+        stand_in = SimpleNamespace(device=device, mixed_precision="bf16")
+        kept(network, views, stand_in)
+        del network.to
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    small = ("--image-size", 16, "--batch-size", 16, "--epochs", 8 / 320, "--save-every", 0)
+    pretrain(method, "demo", *small, "--out", tmp_path / "plain")
+    module = importlib.import_module(f"{method}.pretrain")
+    monkeypatch.setattr(module, "record_cuda_graphs", on_a_stand_in)
+    pretrain(method, "demo", *small, "--out", tmp_path / "recorded", "--cuda-graphs")
+    views = {"simclr": [2], "byol": [2, 2], "moco": [2, 1]}[method]
+    assert recorded == [(count, 16) for count in views]
+    assert rows(tmp_path / "recorded") == rows(tmp_path / "plain")
+
+
+def test_graphs_are_not_recorded_where_they_would_be_wrong(tmp_path, monkeypatch, capsys):
+    for method, flag, more in (
+        ("simclr", "--grad-cache-chunk", ["32"]), ("byol", "--accumulate", ["2"]),
+        ("moco", "--online-linear", []), ("simclr", "--compile", []),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            pretrain(method, "demo", "--cuda-graphs", flag, *more, "--out", tmp_path / "run")
+        assert f"--cuda-graphs: not with {flag}; choose one" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        pretrain("simclr", "demo", "--cuda-graphs", "--out", tmp_path / "run")
+    assert "not with several processes" in capsys.readouterr().err
 
 
 def gradient(accelerator):
