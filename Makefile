@@ -7,21 +7,21 @@
 # make results  RESULTS.md from results/
 # make bench    pairs/s beside lightly and plain torchvision, a step's overhead (a quarter of an hour)
 # make bench-job  files to encoder, and kNN against wall time, likewise (20 minutes on two cores)
-# make speed-gpu  the real commands' pairs/s on a GPU
 # make soak     twenty kills of each method, and 20,000 steps
-# make results-gpu  every CIFAR-10 row that RESULTS.md lacks, on a GPU, hours
+# make results-gpu  what RESULTS.md lacks, on a GPU, hours; MINUTES=10: as much as fits into them
 # For exactly the versions that were tested together: make demo PIP_FLAGS='-c constraints.txt'
 
 PYTHON    ?= python3
 VENV      ?= .venv
 PIP_FLAGS ?=
+MINUTES   ?= 0
 BIN       := $(VENV)/bin
 READY     := $(VENV)/ready
 METHODS   := simclr moco byol
 HERE      := PATH="$(CURDIR)/$(BIN):$$PATH"
 DEMOS     := $(METHODS:%=runs/%-demo)
 
-.PHONY: demo test test-oldest slow lint bench bench-job seeds results soak speed-gpu results-gpu
+.PHONY: demo test test-oldest slow lint bench bench-job seeds results soak results-gpu
 demo: $(READY)
 	@printf '%s\n' $(METHODS) | $(HERE) xargs -P 2 -I METHOD bash METHOD/reproduce.sh demo
 	@$(BIN)/python -m eval.compare $(DEMOS) --out runs
@@ -60,11 +60,8 @@ soak: $(READY)
 	done
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py steps --record results/soak-simclr.json
 
-speed-gpu: $(READY)
-	$(BIN)/python tests/benchmarks/gpu_speed.py
-
 results-gpu: $(READY)
-	$(BIN)/python tests/benchmarks/results_gpu.py
+	$(BIN)/python -m tests.benchmarks.results_gpu --minutes $(MINUTES)
 
 results: $(READY)
 	$(BIN)/python -m eval.compare --results results
