@@ -488,6 +488,8 @@ def plan(row: Row, again: bool, settings: Settings, left: float) -> tuple[int, f
 def measure_row(row: Row, again: bool, settings: Settings, deadline: float) -> None:
     """Pretrain a row, unless that is done, and judge it; each judgement is kept at once."""
     epochs, _ = plan(row, again, settings, deadline - time.monotonic())
+    if not epochs:  # the last moment in which it fitted is over
+        raise OutOfTime
     folder, log = row.folder(epochs, settings), Path(settings.out) / f"{row.name}.log"
     if again and not row.judging:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,166 +1,389 @@
-"""The scripts that measure on a GPU, as far as a CPU can say: their commands, order and records."""
+"""The script that measures on a GPU, as far as a CPU can say: its order, commands and records."""
 
+import importlib.util
 import json
-import os
+import math
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import tyro
 from PIL import Image
+from safetensors.torch import save_file
 
 import byol.pretrain
-import eval.finetune
-import eval.knn
-import eval.linear
 import moco.pretrain
 import simclr.pretrain
 from common import cli
+from common.config import flat
+from common.encoders import full_name
+from common.files import to_json
+from eval.__main__ import parse as parse_judgements
+from eval.results.page import read_folder
 from eval.results.record import Result, write
-from tests.benchmarks import gpu_speed, results_gpu
-from tests.benchmarks.results_gpu import QUEUE, Job
+from tests.benchmarks import results_gpu
+from tests.benchmarks.results_gpu import FIRST, LATER, Failed, OutOfTime, Row, Settings
 
 PRETRAIN = {"simclr": simclr.pretrain, "moco": moco.pretrain, "byol": byol.pretrain}
-JUDGES = {"eval.knn": eval.knn, "eval.linear": eval.linear, "eval.finetune": eval.finetune}
+CASES = results_gpu.CIFAR + results_gpu.R50 + results_gpu.SCHEDULES
 
 
 def parsed(command):
-    """(method, config, the run's) of a pretraining command, as the command itself reads it."""
+    """(method's module, recipe, config, the run's) as the pretraining command itself reads it."""
     name, argv = command[0].removesuffix(".pretrain"), command[1:]
     module = PRETRAIN[name]
-    _, cfg, run_cfg = cli.parse(name, module.Config, module.RECIPES, argv)
-    return module, cfg, run_cfg
+    return module, *cli.parse(name, module.Config, module.RECIPES, argv)
 
 
-# ---- the table -----------------------------------------------------------------------------------
+# ---- a machine that only notes what it is told, and how long that would take ---------------------
 
 
-def test_every_command_of_the_queue_is_one():
-    assert len({job.name for job in QUEUE}) == len(QUEUE)
-    for job in QUEUE:
-        module, cfg, run_cfg = parsed(job.pretraining("demo", Path("RUN")))
-        assert (cfg.epochs, run_cfg.seed, run_cfg.precision) == (job.epochs, job.seed, "bf16")
-        assert (cfg.arch, cfg.batch_size) == (job.arch, job.batch_size)
-        if module is simclr.pretrain or (job.arch == "resnet18" and module is moco.pretrain):
-            recipe, _ = module.RECIPES[job.recipe]
-            assert (cfg.arch, cfg.batch_size) == (recipe.arch, recipe.batch_size)
-        for name, *words in job.judgements(Path("RUN")).values():
-            tyro.cli(JUDGES[name].Settings, args=words)
+class Machine:
+    """In the place of `execute` and of the clock: 15 s for a start, 20 for a judgement."""
+
+    def __init__(self, folder, rate):
+        self.keep, self.rate, self.now = folder / "results", rate, 1000.0
+        self.commands, self.failing, self.pairs = [], set(), {}
+        self.keep.mkdir()
+
+    def monotonic(self):
+        return self.now
+
+    def spend(self, seconds, deadline):
+        self.now, spent = min(deadline, self.now + seconds), self.now
+        if self.now == deadline:
+            raise OutOfTime
+        return self.now - spent
+
+    def execute(self, command, log, deadline, most=0):
+        self.commands.append(command)
+        self.spend(15, deadline)
+        if any(word in " ".join(command) for word in self.failing):
+            raise Failed("it says why")
+        if command[0] == "eval":
+            self.judge(command[1:], deadline)
+        elif command[0] == results_gpu.RIGHT:
+            figures = {"difference": 1e-12}
+            known = {"title": "x", "command": "x", "device": "GPU", "commit": "x"}
+            record = {"kind": "measurement", "figures": figures} | known
+            Path(command[command.index("--record") + 1]).write_text(json.dumps(record))
+        else:
+            self.pretrain(command, deadline)
+
+    def pretrain(self, command, deadline):
+        module, recipe, cfg, run_cfg = parsed(command)
+        folder, count = Path(run_cfg.out), 4096 if "jpegs" in cfg.data else 50_000
+        folder.mkdir(parents=True, exist_ok=True)
+        steps = module.total_steps(cfg, count)
+        about = {"method": command[0].removesuffix(".pretrain"), "recipe": recipe}
+        about |= {"config": flat(cfg, run_cfg), "images": count, "steps": steps, "launches": []}
+        (folder / "config.json").write_text(to_json(about))
+        done, begun = self.pairs.get(folder, 0), self.now
+        try:
+            self.spend((steps * cfg.batch_size - done) / self.rate, deadline)
+        except OutOfTime:
+            self.pairs[folder] = done + (self.now - begun) * self.rate
+            raise
+        row = {"pairs_per_second": self.rate, "data_wait": 0.01, "peak_memory_gb": 2.0}
+        rows = [json.dumps({"step": step} | row) for step in range(0, steps, run_cfg.log_every)]
+        (folder / "timings.jsonl").write_text("\n".join(rows) + "\n")
+        save_file({"x": torch.ones(1)}, folder / "encoder.safetensors", {"finished": "true"})
+
+    def judge(self, words, deadline):
+        found = []
+        for name, settings in parse_judgements(words):
+            if name != "compare":
+                self.spend(20, deadline)
+                for k in settings.k if name == "knn" else (0,):
+                    protocol = getattr(settings, "protocol", "weighted") or "simclr"
+                    found.append((name, protocol, settings.layer or 0, k))
+                continue
+            row, epochs = row_of(Path(settings.runs[0]).name)
+            for key in found:
+                supervised = key[0] == "finetune"
+                judged = result_of(row, epochs, key, subject="random" if supervised else "encoder")
+                write(judged, Path(settings.keep) / f"{row.name}-{epochs}-{key}.json")
 
 
-def test_the_queue_starts_with_what_is_asked_for_first():
-    first = [(job.method, job.recipe, job.epochs, job.supervised) for job in QUEUE[:5]]
-    assert first == [
-        ("simclr", "cifar10", 200, False),
-        ("moco", "cifar10", 200, False),
-        ("moco", "cifar10-symmetric", 200, False),
-        ("byol", "cifar10", 200, False),
-        ("simclr", "cifar10", 200, True),
-    ]
-    seeds = [job.seed for job in QUEUE if job.epochs == 200 and job.arch == "resnet18"]
-    assert seeds == sorted(seeds) and set(seeds) == {1, 2, 3}
+def row_of(run):
+    """(row, epochs) of a run's folder."""
+    settings = Settings(out="")
+    [found] = {
+        (row.method, row.recipe, row.seed, row.arch, row.batch_size, epochs)
+        for row in FIRST + LATER
+        for epochs in row.sizes
+        if row.folder(epochs, settings).name == run
+    }
+    method, recipe, seed, arch, batch_size, epochs = found
+    return Row(method, recipe, (epochs,), seed, arch, batch_size), epochs
 
 
-def result_of(job, task, protocol, layer, **changes):
-    """The record of a judgement of a job."""
-    fields = {"task": task, "protocol": protocol, "layer": layer, "epochs": job.epochs}
-    fields |= {"subject": "random" if job.supervised else "encoder", "data": "x", "columns": {}}
-    fields |= {"metric": "top1", "metrics": {"top1": 5.0}, "interval": 1.0, "deviations": ()}
-    fields |= {"train_images": 9, "test_images": 9, "settings": {}, "changed": {}, "run_id": ""}
-    fields |= {"method": job.method, "recipe": job.recipe, "encoder": f"{job.arch}-cifar"}
-    fields |= {"seed": job.seed, "published": None, "run": {"seed": job.seed, "epochs": job.epochs}}
+def result_of(row, epochs, key, **changes):
+    """The record of a judgement of a row."""
+    task, protocol, layer, k = key
+    fields = {"task": task, "protocol": protocol, "layer": layer, "epochs": epochs}
+    fields |= {"subject": "encoder", "data": "cifar10-jpeg", "columns": {}, "deviations": ()}
+    fields |= {"metric": "top1", "metrics": {"top1": 5.0}, "interval": 1.0}
+    fields |= {"train_images": 9, "test_images": 9, "settings": {"k": k} if k else {}}
+    fields |= {"changed": {}, "run_id": "", "method": row.method, "recipe": row.recipe}
+    fields |= {"encoder": full_name(row.arch, "cifar"), "seed": row.seed, "published": None}
+    fields |= {"run": {"seed": row.seed, "epochs": epochs, "batch_size": row.batch_size}}
     return Result(**fields | {"pretrained_at": None, "judged": {}, "seconds": None} | changes)
 
 
 @pytest.fixture
-def played(tmp_path, monkeypatch):
-    """Call the script with commands that only note themselves and what they would measure."""
-    done, failing = [], set()
-    (tmp_path / "results").mkdir()
+def machine(tmp_path, monkeypatch, capsys):
+    """Call the script on a machine of some pairs/s; it gives the commands that it executed.
 
-    def execute(command, log, deadline):
-        done.append(command[0])
-        if command[0] in failing:
-            return False
-        if command[0] == "eval.compare":
-            for job in QUEUE:
-                if Path(command[1]).name == job.run:
-                    for key in job.judgements(Path(command[1])):
-                        if f"eval.{key[0]}" == done[-2]:
-                            path = tmp_path / "results" / f"{job.name}{key}.json"
-                            write(result_of(job, *key), path)
-        return True
+    Then `shown` is what it printed, and `found` what became of each stage.
+    """
+    made = Machine(tmp_path, rate=12_500)  # 4 s an epoch
 
     def call(*words):
-        done.clear()
-        argv = ["results_gpu.py", "--cpu", "--keep", str(tmp_path / "results"), *words]
+        made.commands.clear()
+        argv = ["results_gpu.py", "--cpu", "--keep", str(made.keep), *words]
         monkeypatch.setattr(sys, "argv", [*argv, "--out", str(tmp_path / "runs")])
-        cli.run(results_gpu.main)
-        return list(done)
+        capsys.readouterr()
+        try:
+            cli.run(results_gpu.main)
+        finally:
+            made.shown = capsys.readouterr().out
+            made.found = outcomes(made.shown)
+        return [" ".join(command) for command in made.commands]
 
-    monkeypatch.setattr(results_gpu, "execute", execute)
-    return call, failing
-
-
-def test_what_is_there_is_not_measured_again(played):
-    call, _ = played
-    first = call("--only", "simclr-cifar10-r18-200ep-seed1")
-    assert first.count("simclr.pretrain") == 2 and first.count("eval.finetune") == 1
-    assert first.index("eval.knn") < first.index("eval.linear") < first.index("eval.finetune")
-    assert call("--only", "simclr-cifar10-r18-200ep-seed1") == []
-    rest = call()
-    assert rest[0] == "moco.pretrain"  # the oldest missing row
-    assert sum(name.endswith(".pretrain") for name in rest) == len(QUEUE) - 2
-    assert call() == []
+    made.call = call
+    monkeypatch.setattr(results_gpu, "time", SimpleNamespace(monotonic=made.monotonic))
+    monkeypatch.setattr(results_gpu, "execute", made.execute)
+    monkeypatch.setattr(results_gpu, "checks", lambda: ["losses", "views"])
+    monkeypatch.setattr(results_gpu, "jpegs", lambda *_: (Path("x/jpegs-2048"), "generated JPEGs"))
+    return made
 
 
-def test_a_row_of_another_judgement_is_not_it():
-    job, key = QUEUE[0], ("knn", "weighted", 0)
-    assert results_gpu.is_there([result_of(job, *key)], job, *key)
-    for change in (
-        {"encoder": "resnet50"}, {"subject": "pixels"}, {"settings": {"k": 20}}, {"seed": 2},
-        {"layer": -1}, {"epochs": 100},
-    ):  # fmt: skip
-        other = replace(result_of(job, *key), **change)
-        assert not results_gpu.is_there([other], job, *key), change
+def outcomes(shown):
+    """{stage: what became of it}, as they ended, one by one; the summary repeats it."""
+    ended, summary = [
+        [x for x in part.splitlines() if x[-3:] != "..."] for part in (*shown.split("\n\n"), "")[:2]
+    ]
+    assert ended == summary or not summary
+    return {line[:57].strip(): line[57:] for line in ended}
 
 
-def test_a_failure_does_not_stop_the_queue(played, capsys):
-    call, failing = played
-    failing.add("byol.pretrain")
-    with pytest.raises(SystemExit) as caught:
-        call("--only", "200ep-seed1")
-    assert caught.value.code == 1
-    assert "byol-cifar10-r18-200ep-seed1" in capsys.readouterr().out
-    failing.clear()
-    assert set(call("--only", "r18-200ep-seed1")) >= {"byol.pretrain", "eval.knn"}
-    assert call("--only", "r18-200ep-seed1") == []
+def test_all_stages_in_order_and_each_once(machine):
+    machine.call()
+    found = machine.found
+    names = [
+        "right-losses", "right-views",
+        *(f"speed-cifar10-{name}" for name in ("simclr", "byol", "moco", "moco-symmetric")),
+        "speed-r50-256", "speed-r50-4096-cached",
+        *(f"speed-imagenet-{name}" for name in ("simclr", "moco", "byol")),
+        *(row.name for row in FIRST + LATER),
+    ]  # fmt: skip
+    assert [*found] == names and len({*names}) == len(names)
+    assert all(outcome.startswith("measured") for outcome in found.values())
+    assert machine.call() == []
+    assert {*machine.found.values()} == {"was there"}
+    shown = machine.shown
+    assert "seconds per epoch 4 (" in shown and "difference 1e-12" in shown  # the figures
+    assert "SimCLR cifar10, 200 epochs" in shown and "5.0 ± 1.0" in shown
 
 
-def test_a_command_is_ended_when_the_time_is_up(tmp_path):
-    log, began = tmp_path / "log", time.monotonic()
-    sleeping = ["timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)"]
-    with pytest.raises(results_gpu.OutOfTime):
-        results_gpu.execute(sleeping, log, time.monotonic() + 1)
-    assert time.monotonic() - began < 20 and "timeit" in log.read_text()
-    assert results_gpu.execute(["timeit", "-n", "1", "-r", "1"], log, time.monotonic() + 60)
-    assert not results_gpu.execute(["no_such_module"], log, time.monotonic() + 60)
+def test_the_list_shows_and_does_nothing(machine):
+    machine.call("--only", "right")
+    assert machine.call("--list") == []
+    lines = machine.shown.splitlines()
+    others = len(CASES) + len(FIRST + LATER)
+    assert [line.endswith(" not measured") for line in lines] == [False] * 2 + [True] * others
+
+
+def test_some_minutes_at_a_time(machine):
+    """A call ends in its time, rows without a figure come first, and more time betters one."""
+    shown = []
+
+    def call(minutes):
+        began = machine.now
+        machine.call("--minutes", str(minutes))
+        assert machine.now <= began + minutes * 60
+        shown.append(machine.found)
+        return {row.name: most(row) for row in FIRST}
+
+    def most(row):
+        results = results_gpu.kept(str(machine.keep))
+        return max((epochs for epochs, _ in results_gpu.there(results, row)), default=0)
+
+    names = [row.name for row in FIRST]
+    after = call(11)
+    # eight short stages, of 15 s and their steps: 50 epochs fit into what is left, but not twice
+    assert [after[name] for name in names] == [50, 0, 0, 0]
+    assert shown[0]["right-views"].startswith("measured")
+    assert shown[0][names[1]] == "no time" == shown[0][f"{names[0]}-protocols"]
+    assert [*shown[0]][-3:] == [case.stage for case in results_gpu.SCHEDULES]
+    after = call(11)
+    assert [after[name] for name in names] == [50, 100, 0, 0]
+    assert [name for name in shown[1] if name in names] == [*names[1:], names[0]]
+    call(11)
+    after = call(11)
+    assert [after[name] for name in names] == [50, 100, 100, 100]
+    after = call(30)  # 200 epochs take 15 minutes and a half: one row
+    assert [after[name] for name in names] == [200, 100, 100, 100]
 
 
 @pytest.mark.parametrize(
-    "words, said", [(["--only", "none"], "none of"), (["--only", "byol"], "no GPU")]
+    "left, epochs, needs",
+    [
+        (math.inf, 200, 864 + 75), (939, 200, 939), (938, 100, 507), (507, 100, 507),
+        (506, 50, 291), (290, 0, math.inf),
+    ],
+)  # fmt: skip
+def test_the_most_epochs_that_fit(left, epochs, needs, machine):
+    """4 s an epoch and 8 % more, 15 s for the start and 60 for the judgement."""
+    figures = {"seconds_per_epoch": 4.0, "start_seconds": 15.0}
+    record = {"title": "x", "figures": figures, "command": "x", "device": "x", "commit": "x"}
+    path = machine.keep / "speed-cifar10-moco-symmetric.json"
+    settings = Settings(keep=str(machine.keep), out=str(machine.keep / "runs"))
+    row = FIRST[3]
+    if left < math.inf:  # without its speed nothing is known to fit
+        assert results_gpu.plan(row, False, settings, left) == (0, math.inf)
+    path.write_text(json.dumps({"kind": "measurement"} | record))
+    found = results_gpu.plan(row, False, settings, left)
+    assert found == (epochs, pytest.approx(needs))
+    for kept in (50, 100):  # there, if no more would fit
+        for keys, _ in row.judgements("", kept):
+            for key in keys:
+                write(result_of(row, kept, key), machine.keep / f"{kept}-{key}.json")
+        found = results_gpu.plan(row, False, settings, left)
+        assert (found == (0, 0)) == (kept >= epochs)
+    assert results_gpu.plan(row, True, settings, left)[0] == epochs  # --again
+
+
+def test_a_run_that_was_begun_keeps_its_epochs(machine):
+    machine.call("--only", "speed-cifar10")
+    machine.rate /= 2  # slower than it was measured
+    byol = FIRST[1].name
+    machine.call("--only", byol, "--minutes", "9")
+    assert machine.found == {byol: "no time, begun", f"{byol}-protocols": "no time"}
+    [first] = machine.commands
+    machine.call("--only", byol, "--minutes", "9")  # in which 100 epochs do not fit, but the rest
+    assert machine.found[byol].startswith("measured")
+    assert machine.commands[0] == first and first[0] == "byol.pretrain"
+    machine.call("--only", f"{byol}-protocols")  # of the run that there is, which is not made again
+    assert [command[0] for command in machine.commands] == ["eval"]
+
+
+def test_a_failure_does_not_stop_the_queue(machine):
+    machine.failing.update({"byol.pretrain cifar10", "right views"})
+    with pytest.raises(SystemExit) as caught:
+        machine.call("--minutes", "60")
+    failed = [name for name, outcome in machine.found.items() if outcome.startswith("FAILED")]
+    assert caught.value.code == 1
+    assert failed == ["right-views", "speed-cifar10-byol"]  # of whose row nothing is known to fit
+    log = Path(sys.argv[sys.argv.index("--out") + 1]) / "right-views.log"
+    assert machine.found["right-views"] == f"FAILED: it says why; see {log}"
+    assert machine.found["speed-cifar10-moco"].startswith("measured")
+    machine.failing.clear()
+    assert len(machine.call("--only", "right-")) == 1
+
+
+def test_measured_anew_on_demand(machine):
+    machine.call("--only", "speed-cifar10-moco")
+    first = machine.call("--only", "speed-cifar10-moco", "--again", "symmetric")
+    assert len(first) == 1 and "cifar10-symmetric" in first[0]
+    name = FIRST[2].name
+    machine.call("--only", name)
+    assert machine.call("--only", name) == []
+    anew = machine.call("--only", name, "--again", f"{name}-p")  # judged, but not trained
+    assert [command.split()[0] for command in anew] == ["eval"]
+    anew = machine.call("--only", name, "--again", name)
+    assert [command.split()[0] for command in anew] == ["moco.pretrain", "eval", "eval"]
+
+
+def test_every_command_is_what_was_asked_for():
+    settings = Settings(out="OUT", flags="--log-every 7")
+    for case in CASES:
+        count = results_gpu.FILES if case.imagenet else 50_000
+        command = results_gpu.speed_command(case, "demo", settings)
+        module, recipe, cfg, run_cfg = parsed(command)
+        assert abs(module.total_steps(cfg, count) - case.steps) <= 1
+        assert cfg.batch_size == case.batch_size and run_cfg.precision == "bf16"
+        assert run_cfg.log_every == 7
+        if case.extrapolated:  # eight of these are the paper's batch
+            assert case.batch_size * results_gpu.GPUS == module.RECIPES[recipe][0].batch_size
+    for row in FIRST + LATER:
+        epochs = row.sizes[-1]
+        module, recipe, cfg, run_cfg = parsed(row.command(epochs, settings))
+        assert (cfg.epochs, run_cfg.seed, run_cfg.precision) == (epochs, row.seed, "bf16")
+        assert (recipe, cfg.arch, cfg.batch_size) == (row.recipe, row.arch, row.batch_size)
+        assert (run_cfg.knn_every, run_cfg.save_every, run_cfg.log_every) == (20, 10, 7)
+        assert cfg.stem == "cifar" and run_cfg.out.endswith(f"-{epochs}ep-seed{row.seed}")
+
+
+def test_a_row_of_another_judgement_is_not_it():
+    row, key = FIRST[0], ("knn", "weighted", 0, 200)
+    assert results_gpu.there([result_of(row, 100, key)], row) == {(100, key)}
+    for change in (
+        {"encoder": "resnet18"}, {"subject": "pixels"}, {"seed": 2}, {"epochs": 10},
+        {"run": {"batch_size": 128}}, {"recipe": "cifar10-r50"},
+    ):  # fmt: skip
+        assert not results_gpu.there([replace(result_of(row, 100, key), **change)], row), change
+
+
+# ---- commands for real ---------------------------------------------------------------------------
+
+
+def sleeping(stubborn=""):
+    """A command that sleeps, and does not end when it is told to if it is stubborn."""
+    ignoring = "import signal, time; signal.signal(15, signal.SIG_IGN); " * bool(stubborn)
+    return ["timeit", "-n", "1", "-r", "1", "-s", "import time", f"{ignoring}time.sleep(60)"]
+
+
+def test_a_command_is_ended_when_the_time_is_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_gpu, "GRACE", 1)
+    log, began = tmp_path / "log", time.monotonic()
+    with pytest.raises(OutOfTime):
+        results_gpu.execute(sleeping("stubborn"), log, began + 1)
+    with pytest.raises(Failed, match="takes more than 0 s"):
+        results_gpu.execute(sleeping(), log, math.inf, most=0.1)
+    with pytest.raises(Failed, match=r"no_such_module: .*No module"):
+        results_gpu.execute(["no_such_module"], log, math.inf)
+    results_gpu.execute(["timeit", "-n", "1", "-r", "1"], log, math.inf)
+    assert time.monotonic() - began < 20 and log.read_text().count("$ python -m timeit") == 3
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--only", "none"], "--only none"),
+        (["--again", "none"], "--again none"),
+        (["--only", "byol"], "no GPU"),
+    ],
 )
-def test_mistakes_are_one_line(words, said, monkeypatch, capsys):
+def test_mistakes_are_one_line(words, said, machine, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cpu = [] if said == "no GPU" else ["--cpu"]
-    monkeypatch.setattr(sys, "argv", ["results_gpu.py", *words, *cpu])
+    monkeypatch.setattr(sys, "argv", ["results_gpu.py", *words])
     with pytest.raises(SystemExit) as caught:
         cli.run(results_gpu.main)
     assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_generated_images_have_the_sizes_of_imagenet(tmp_path, monkeypatch):
+    sizes = [results_gpu.draw_size(np.random.default_rng(i)) for i in range(2000)]
+    assert np.allclose(np.mean(sizes, axis=0), (480, 410), atol=30)
+    assert np.median(sizes, axis=0).tolist() == [500, 375]
+    monkeypatch.setattr(results_gpu, "FILES", 11)
+    settings = Settings(out=str(tmp_path), images=8)
+    folder, about = results_gpu.jpegs(settings, math.inf)
+    paths = sorted(folder.iterdir())
+    assert len(paths) == 11 and "8 different" in about
+    assert paths[9].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()
+    width, height = np.array([Image.open(path).size for path in paths[:8]]).T
+    written = sum(path.stat().st_size for path in paths[:8])
+    assert 0.4 < written / (width * height).sum() < 0.8  # bytes a pixel: 110 kB at 500 x 375
+    assert results_gpu.jpegs(settings, -math.inf) == (folder, about)  # what is there is not made
+    with pytest.raises(OutOfTime):
+        results_gpu.jpegs(replace(settings, images=9), -math.inf)
 
 
 def pictures(folder):
@@ -175,71 +398,95 @@ def pictures(folder):
     return folder
 
 
-@pytest.mark.slow
-def test_the_queue_for_real_on_a_small_scale(tmp_path, monkeypatch):
-    """Every kind of command, one epoch; then nothing is left to do."""
-    small = ("--image-size", "32", "--hidden-dim", "32", "--dim", "16", "--workers", "0")
-    job = Job("byol", "cifar10", 1, 1, "demo", 16, flags=small)
-    queue = [job, replace(job, supervised=True)]
-    monkeypatch.setattr(results_gpu, "QUEUE", queue)
-    argv = ["--data", str(pictures(tmp_path / "images")), "--cpu", "--out", str(tmp_path / "runs")]
-    monkeypatch.setattr(sys, "argv", ["x", *argv, "--keep", str(tmp_path / "results")])
+STUB = """
+import json, sys
+CHECKS = {"losses": None}
+if __name__ == "__main__":
+    about = {"title": "Losses", "command": "x", "device": "CPU", "commit": "x"}
+    record = {"kind": "measurement", "figures": {"difference": 0.0}} | about
+    open(sys.argv[sys.argv.index("--record") + 1], "w").write(json.dumps(record))
+"""
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Call the script itself, with stages of few small images and steps."""
+
+    def smaller(cases):
+        for case in cases:
+            flags = ["--arch", "demo", "--image-size", "32", "--epochs", "0.75"]
+            flags += ["--bn-splits", "2"] if case.method == "moco" else []
+            flags += ["--grad-cache-chunk", "4"] if "cached" in case.name else []
+            yield replace(case, batch_size=16, steps=case.steps // 5, flags=tuple(flags))
+
+    for name in ("CIFAR", "R50", "SCHEDULES"):
+        monkeypatch.setattr(results_gpu, name, [*smaller(getattr(results_gpu, name))])
+    flags = "--image-size 32 --precision fp32 --workers 0 --log-every 1"
+
+    def smallest(row, **changes):
+        more = ("--bn-splits", "2") if row.method == "moco" else ()
+        return replace(row, sizes=(1,), arch="demo", batch_size=16, flags=more, **changes)
+
+    monkeypatch.setattr(results_gpu, "FIRST", [smallest(row) for row in FIRST])
+    later = [smallest(row) for row in LATER[:1]] + [smallest(FIRST[1], judging="protocols")]
+    monkeypatch.setattr(results_gpu, "LATER", later)
+    monkeypatch.setattr(results_gpu, "FILES", 64)
+    if not importlib.util.find_spec(results_gpu.RIGHT):
+        (tmp_path / "stub_right.py").write_text(STUB)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(results_gpu, "RIGHT", "stub_right")
+    monkeypatch.setenv("PYTHONPATH", f"{Path.cwd()}:{tmp_path}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    cli.run(results_gpu.main)
-    rows = results_gpu.kept(tmp_path / "results")
-    protocols = {(row.task, row.protocol) for row in rows}
-    linear = {("linear", "byol"), ("linear", "simclr")}
-    assert protocols == linear | {("knn", "weighted"), ("finetune", "simclr")} and len(rows) == 4
-    assert all(results_gpu.is_there(rows, j, *k) for j in queue for k in j.judgements(tmp_path))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    cli.run(results_gpu.main)
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
+    data, keep = pictures(tmp_path / "images"), tmp_path / "results"
+    keep.mkdir()
+    argv = ["--cpu", "--data", str(data), "--out", str(tmp_path / "runs"), "--keep", str(keep)]
+    argv += ["--images", "6", f"--flags={flags}", "--workers", "1"]
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["results_gpu.py", *argv, *words])
+        cli.run(results_gpu.main)
+        return {path.stem: record for path, record in read_folder(keep)}
+
+    return call
 
 
-# ---- speed ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", gpu_speed.CASES, ids=lambda case: case.name)
-def test_every_case_takes_the_steps_asked_for(case):
-    settings = gpu_speed.Settings(steps=100, out="OUT")
-    command = gpu_speed.command_of(case, "demo", 8192, settings)
-    module, cfg, run_cfg = parsed(command)
-    steps = module.total_steps(cfg, 8192)
-    assert abs(steps - 100 * case.share) <= 1
-    assert cfg.batch_size == case.batch_size and run_cfg.precision == "bf16"
-    if case.extrapolated:  # eight of these are the paper's batch
-        assert case.batch_size * gpu_speed.GPUS == module.RECIPES[case.recipe][0].batch_size
-
-
-def test_generated_images_have_the_sizes_of_imagenet(tmp_path):
-    sizes = [gpu_speed.draw_size(np.random.default_rng(i)) for i in range(2000)]
-    assert np.allclose(np.mean(sizes, axis=0), (480, 410), atol=30)
-    assert np.median(sizes, axis=0).tolist() == [500, 375]
-    written = [gpu_speed.generate(i, tmp_path) for i in range(8)]
-    width, height = np.array([Image.open(tmp_path / f"{i:06}.jpg").size for i in range(8)]).T
-    assert 0.4 < sum(written) / (width * height).sum() < 0.8  # bytes a pixel: 110 kB at 500 x 375
+def test_one_stage_for_real(small, tmp_path, capsys):
+    records = small("--only", "speed-cifar10-simclr", "--minutes", "3")
+    [(name, record)] = records.items()
+    assert name == "speed-cifar10-simclr" and "CIFAR-10" in record["title"]
+    assert str(tmp_path) not in record["command"] and ".pretrain cifar10" in record["command"]
+    figures = record["figures"]
+    assert 0 <= figures["data_wait"] <= 1 and 1 < figures["start_seconds"] < 60
+    rate = figures["pairs_per_second"]
+    assert figures["seconds_per_epoch"] == pytest.approx(64 / rate, abs=1e-3)
+    assert record["device"].startswith("CPU") and record["commit"]
+    assert (tmp_path / "runs" / "speed-cifar10-simclr.log").exists()
+    assert outcomes(capsys.readouterr().out)[name].startswith("measured in")
 
 
 @pytest.mark.slow
-def test_the_recipes_of_imagenet_for_real_on_a_small_scale(tmp_path, monkeypatch):
-    """Two steps of each method from JPEGs; the records have every figure."""
-    small = "--arch demo --image-size 32 --batch-size 8 --precision fp32 --epochs 0.5 --workers 1"
-    argv = ["--steps", "2", "--images", "32", "--only", "imagenet-", "--workers", "2"]
-    argv += ["--out", str(tmp_path / "out"), "--keep", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", ["gpu_speed.py", *argv, f"--flags={small}"])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    cli.run(gpu_speed.main)
-    paths = sorted((tmp_path / "results").glob("*.json"))
-    assert [path.stem for path in paths] == [
-        "speed-imagenet-byol", "speed-imagenet-moco", "speed-imagenet-simclr"
-    ]  # fmt: skip
-    for path in paths:
-        record = json.loads(path.read_text())
-        assert record["kind"] == "measurement" and "generated JPEGs" in record["title"]
-        assert str(tmp_path) not in record["command"] and ".pretrain imagenet" in record["command"]
+def test_every_stage_for_real_on_a_small_scale(small, tmp_path, capsys):
+    """Every stage with its own commands; then nothing is left to do."""
+    records = small()
+    stages = outcomes(capsys.readouterr().out)
+    assert all(outcome.startswith("measured") for outcome in stages.values())
+    for name in stages:
+        assert name in records or name.startswith("row-")
+    for method in ("simclr", "moco", "byol"):
+        record = records[f"speed-imagenet-{method}"]
         figures = record["figures"]
-        assert figures["batch_size"] == 8 and 0 <= figures["data_wait"] <= 1
-        hours = figures["schedule_epochs"] * gpu_speed.IMAGENET / figures["pairs_per_second"] / 3600
+        assert "6 different generated JPEGs" in record["title"] and figures["batch_size"] == 16
+        hours = (
+            figures["schedule_epochs"] * results_gpu.IMAGENET / figures["pairs_per_second"] / 3600
+        )
         assert figures["schedule_hours_on_8"] == pytest.approx(hours / 8, rel=1e-3)
-        assert record["device"].startswith("CPU") and record["commit"]
-        assert os.path.exists(tmp_path / "out" / f"{path.stem.removeprefix('speed-')}.log")
+    cached = records["speed-r50-4096-cached"]["figures"]
+    whole = records["speed-r50-256"]["figures"]["pairs_per_second"]
+    more = 100 * (whole / cached["pairs_per_second"] - 1)
+    assert cached["more_time_a_pair_than_batch_256_percent"] == pytest.approx(more, abs=0.1)
+    results = [record for record in records.values() if isinstance(record, Result)]
+    for row in results_gpu.FIRST + results_gpu.LATER:
+        assert not results_gpu.missing(results, row, 1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    small()
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
