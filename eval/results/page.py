@@ -17,6 +17,7 @@ from eval.results.compare import (
     beside_published,
     columns,
     data_title,
+    differences,
     escaped,
     groups,
     named,
@@ -26,8 +27,19 @@ from eval.results.compare import (
     overview,
     unit,
 )
-from eval.results.published import data_set
-from eval.results.record import FOLLOWING, Result, digest, file_name, read, readable, words, write
+from eval.results.published import PUBLISHED, data_set
+from eval.results.record import (
+    FOLLOWING,
+    METHODS,
+    Result,
+    digest,
+    file_name,
+    plural,
+    read,
+    readable,
+    words,
+    write,
+)
 
 INTRODUCTION = """\
 Every figure is of the last epoch. One run has its 95 % interval over the test images; several seeds
@@ -38,6 +50,8 @@ untrained, and raw pixels have none; the methods prepare images in their own way
 baselines the best is shown. The supervised baseline learned from all labels."""
 IN_NAMES = {"data", "epochs"}  # settings that every name or heading has
 NAMES = {"cifar10": "CIFAR-10", "imagenet": "ImageNet", "imagenette": "Imagenette"}
+COMPARED = 200, 512  # epochs and batch at which every method has a published figure on CIFAR-10
+RIGHT = "tests.benchmarks.right"  # checks, in the commands of their records
 MEASUREMENT = {"title", "figures", "command", "device", "commit"}
 
 
@@ -143,15 +157,22 @@ def results_page(records: Sequence[Result | dict[str, Any]]) -> str:
         parts.append(f"\n## {heading}\n")
         for data in sorted({line.result.data for line in lines}):
             parts += answer([line for line in lines if line.result.data == data])
+        if remark := not_measured(lines):
+            parts.append(wrapped(remark))
     if results:
         parts += ["\n## What does it cost?\n", *costs(results)]
-    if measurements:
+    checks = [each for each in measurements if RIGHT in each["command"]]
+    speeds = [each for each in measurements if "pairs_per_second" in each["figures"]]
+    if checks:
+        parts += ["\n## Is it right on a GPU?\n", *map(check_line, checks)]
+    if speeds:
+        parts += ["\n## How fast are the commands?\n", *speed_tables(speeds)]
+    others = [each for each in measurements if each not in checks + speeds]
+    if others:
         parts.append("\n## How fast beside others?")
-    for each in measurements:
-        commit = each["commit"] if len(each["commit"]) < 20 else each["commit"][:12]
-        about = f"`{each['command']}` on {each['device']}, commit {commit}."
-        heading = each["title"][:1].upper() + each["title"][1:]
-        parts += [f"\n### {heading}\n", as_markdown(figures_of(each)), wrapped(about)]
+    for each in others:
+        about = f"`{each['command']}` on {made_on(each)}."
+        parts += [f"\n### {headed(each)}\n", as_markdown(figures_of(each)), wrapped(about)]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(parts)) + "\n"
 
 
@@ -203,9 +224,32 @@ def answer(every: Sequence[Line]) -> list[str]:
     return [*parts, ""]
 
 
+def not_measured(lines: Sequence[Line]) -> str:
+    """A line that names the recipes without a run in a published setting of CIFAR-10."""
+    results = [line.result for line in lines if line.result.subject == "encoder"]
+    if data_set(lines[0].result.data) != "cifar10":
+        return ""
+    missing = {
+        row.recipe
+        for row in PUBLISHED.values()
+        if (row.data, row.epochs, row.batch_size) == ("cifar10", *COMPARED)
+        and row.recipe != "context"
+        and not any(
+            row.recipe == f"{r.method} {r.recipe}" and not differences(r, row) for r in results
+        )
+    }
+    places = {method: place for place, method in enumerate(METHODS)}
+    names = []
+    for recipe in sorted(missing, key=lambda recipe: (places[recipe.split()[0]], recipe)):
+        method, name = recipe.split()
+        names.append(f"{METHODS[method]} {name}, {plural(COMPARED[0], 'epoch')}")
+    return f"Not measured yet: {'; '.join(names)}." if names else ""
+
+
 def costs(lines: Sequence[Line]) -> list[str]:
     """Tables of what pretraining and judging took, and the commands of the runs."""
-    table = [["run", "seeds", "pretraining", "pairs/s", "peak memory", "device", "commit"]]
+    head = ["run", "seeds", "pretraining", "an epoch", "pairs/s", "waiting", "peak memory"]
+    table = [[*head, "device", "commit"]]
     runs: dict[str, dict[str, Result]] = {}
     for line in lines:
         if line.result.subject == "encoder" and line.result.pretraining:
@@ -214,19 +258,24 @@ def costs(lines: Sequence[Line]) -> list[str]:
     for name, seeds in runs.items():
         spent = [result.pretraining for result in seeds.values()]
         launch, known = spent[0]["launches"][0], {}
-        for key in ("seconds", "pairs_per_second", "peak_memory_gb"):
-            values = [each[key] for each in spent if each[key]]
+        for key in ("seconds", "pairs_per_second", "data_wait", "peak_memory_gb"):
+            values = [each[key] for each in spent if each.get(key) is not None]
             known[key] = mean(values) if values else None
+        epochs = next(iter(seeds.values())).epochs
+        epoch = known["seconds"] / epochs if known["seconds"] and epochs else None
         processes = launch.get("processes", 1)
         device = launch["device"] + (f" x {processes}" if processes > 1 else "")
         numbers = ", ".join(str(result.seed) for result in seeds.values())
-        row = [name, numbers, duration(known["seconds"]), number(known["pairs_per_second"])]
+        row = [name, numbers, duration(known["seconds"]), duration(epoch)]
+        waiting = "" if known["data_wait"] is None else f"{known['data_wait']:.1%}"
         memory = f"{known['peak_memory_gb']:.1f} GB" if known["peak_memory_gb"] else ""
-        table.append([*row, memory, device, str(next(iter(seeds.values())).pretrained_at)])
+        row += [number(known["pairs_per_second"]), waiting, memory, device]
+        table.append([*row, str(next(iter(seeds.values())).pretrained_at)])
         commands.append(launch["command"])
     parts = [
         wrapped(
-            "The time of a pretraining is that of all its steps at their median rate, and the mean "
+            "The time of a pretraining and of an epoch is that of the steps at their median rate; "
+            "waiting is the share of it in which the network waited for data. Each is the mean "
             "over the seeds."
         ),
         "",
@@ -264,6 +313,36 @@ def figures_of(measurement: dict[str, Any]) -> Table:
     return table
 
 
+def headed(measurement: dict[str, Any]) -> str:
+    return measurement["title"][:1].upper() + measurement["title"][1:]
+
+
+def made_on(measurement: dict[str, Any]) -> str:
+    commit = measurement["commit"]
+    return f"{measurement['device']}, commit {commit if len(commit) < 20 else commit[:12]}"
+
+
+def check_line(measurement: dict[str, Any]) -> str:
+    """A check and its figures, which are within the check's bounds, else there is no record."""
+    of = measurement["figures"].items()
+    figures = ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in of)
+    return listed(f"{headed(measurement)}: {figures} ({made_on(measurement)})")
+
+
+def speed_tables(measurements: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of those with the same figures, a row each; the commands below."""
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for each in measurements:
+        alike.setdefault(tuple(each["figures"]), []).append(each)
+    parts = []
+    for names, rows in alike.items():
+        table = [["medians of the steps", *(x.replace("_", " ") for x in names), "measured on"]]
+        for each in rows:
+            table.append([headed(each), *map(number, each["figures"].values()), made_on(each)])
+        parts.append(as_markdown(table))
+    return [*parts, "```", *(command_lines(each["command"]) for each in measurements), "```"]
+
+
 def number(value: float | str | None) -> str:
     if value is None or isinstance(value, str):
         return value or ""
@@ -274,7 +353,7 @@ def duration(seconds: float | None) -> str:
     if not seconds:
         return ""
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 

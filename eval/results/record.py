@@ -317,7 +317,7 @@ def results_of(run: Path) -> tuple[list[Result], list[str]]:
 
 
 def cost(run: Path) -> dict[str, Any]:
-    """What a run took: its steps, the median pairs/s, and the time of the steps at that rate.
+    """What a run took: its steps, the median pairs/s, the time of the steps at that rate, and more.
 
     Raises:
         UserError: it has no config.
@@ -329,6 +329,7 @@ def cost(run: Path) -> dict[str, Any]:
         "steps": record["steps"],
         "pairs_per_second": rate,
         "seconds": record["steps"] * settings["batch_size"] / rate if rate else None,
+        "data_wait": median([row["data_wait"] for row in timings]) if timings else None,
         "peak_memory_gb": max((row["peak_memory_gb"] for row in timings), default=None),
         "launches": record["launches"],
         "overridden": record.get("overridden", []),

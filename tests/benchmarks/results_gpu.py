@@ -258,7 +258,7 @@ def jpegs(settings: Settings, deadline: float) -> tuple[Path, str]:
         if not (path := folder / f"{index:06}.jpg").exists():
             os.link(folder / f"{index % count:06}.jpg", path)
     mean = sum(sizes) / len(sizes) / 1000
-    return folder, f"{count:,} different generated JPEGs, {mean:.0f} kB on average"
+    return folder, f"{count:,} generated JPEGs of {mean:.0f} kB"
 
 
 def speed_command(case: Case, source: str, settings: Settings) -> list[str]:
@@ -332,7 +332,7 @@ def figures_of_speed(case: Case, out: Path, spent: float, settings: Settings) ->
     whole = record_of(Path(settings.keep) / "speed-r50-256.json")
     if case.name == "r50-4096-cached" and whole and whole["device"] == provenance(1)["device"]:
         more = 100 * (whole["figures"]["pairs_per_second"] / rate - 1)
-        figures["more_time_a_pair_than_batch_256_percent"] = more
+        figures["more_time_a_pair_percent"] = more
     if case.extrapolated:
         epochs = RECIPES[case.method][case.recipe][0].epochs
         figures["schedule_epochs"] = epochs

@@ -370,28 +370,57 @@ def test_what_a_run_and_a_judgement_changed_is_said(tmp_path):
 
 
 def test_the_table_beside_what_was_published(tmp_path, command):
+    symmetric = NOTEBOOK | {"symmetric": True}
     runs = [
-        made(tmp_path / f"{seed}", "moco", "cifar10", **NOTEBOOK, epochs=200, seed=seed)
+        made(tmp_path / f"{seed}", "moco", "cifar10-symmetric", **symmetric, epochs=200, seed=seed)
         for seed in (1, 2)
     ]
     for run in runs:
-        judged(run, 80.4 + int(run.name), **OUTPUT)
+        judged(run, 83.1 + int(run.name), **OUTPUT)
     judged(runs[0], 85.0, settings=KNN, encoder="resnet18-cifar")
     (head, *body), remarks = beside_published(lines(*runs))
     by_protocol = {line[1]: dict(zip(head, line, strict=True)) for line in body}
     line = by_protocol["kNN (k 200) on the head's output"]
-    assert (line["measured"], line["published"]) == ("81.9, sd 0.7 (81.4, 82.4)", "82.6")
+    assert (line["measured"], line["published"]) == ("84.6, sd 0.7 (84.1, 85.1)", "85.3")
     assert line["difference"] == "-0.7" and line["source"] == "notebook"
     assert by_protocol["kNN (k 200)"]["published"] == "84.7"  # on features, as lightly's
-    assert any("best epoch on test" in remark for remark in remarks)
+    assert any("bank of 8192; best epoch on test" in remark for remark in remarks)
     assert "notebook is colab/moco_cifar10_demo.ipynb" in remarks[-1]
     shown = command(*runs)
     assert "-0.7" in shown and "not compared with" not in shown
 
 
+def test_dkobaks_figures_stand_beside_a_hundred_epochs_alone(tmp_path):
+    config = CIFAR | {"published": "simclr-cifar10-r18-1000"}
+    for epochs, figures in ((100, [85.6]), (99.6, [85.6]), (200, []), (50, [])):
+        found = compared_with(
+            tmp_path / f"{epochs}", "simclr", LINEAR | {"encoder": "resnet18-cifar"},
+            epochs=epochs, **config,
+        )  # fmt: skip
+        assert found[0] == figures and found[1] == [""] * len(figures)
+
+
+def test_checks_and_speeds_have_parts_of_their_own():
+    """Those with the same figures share a table, and a row has a figure once."""
+    about = {"kind": "measurement", "device": "NVIDIA H100 80GB HBM3", "commit": "0123456789ab+"}
+    program = "python -m tests.benchmarks.right losses"
+    figures = {"largest_difference": 1e-12, "steps": 5}
+    records = [about | {"title": "losses", "command": program, "figures": figures}]
+    for name, more in (("a", {}), ("b", {}), ("c", {"seconds_per_epoch": 4.25})):
+        speed = {"pairs_per_second": 10_800.0, "data_wait": 0.01} | more
+        command = f"python -m simclr.pretrain cifar10 --out {name}"
+        records.append(about | {"title": name * 82, "command": command, "figures": speed})
+    text = page.results_page(records)
+    assert "How fast beside others" not in text and max(map(len, text.splitlines())) <= 200
+    assert "- Losses: largest difference 1e-12, steps 5 (NVIDIA H100" in text
+    table = text[text.index("## How fast are the commands?") :]
+    assert table.count("| --- |") == 2 and table.count("| 10,800 | 0.01 | NVIDIA") == 2
+    assert "| 10,800 | 0.01 | 4.25 | NVIDIA" in table and table.count("simclr.pretrain") == 3
+
+
 def test_a_figure_without_its_protocol_is_named_and_not_compared(tmp_path, command):
     key = {"published": "simclr-cifar10-r18-1000"}
-    run = made(tmp_path / "run", "simclr", "cifar10", **CIFAR, epochs=1000, **key)
+    run = made(tmp_path / "run", "simclr", "cifar10", **CIFAR, epochs=500, **key)
     judged(run, 89.0, **LINEAR)
     assert len(beside_published(lines(run))[0]) == 1
     shown = " ".join(command(run).split())
@@ -463,7 +492,9 @@ def test_kept_results_make_the_page(tmp_path, three, command, monkeypatch):
     assert "| 82.5, sd 0.7 (82.0, 83.0) | 82.6 | -0.1 | notebook |" in text
     assert "against 82.6 (notebook): JPEG copy of the data" in text
     assert text.count("| raw pixels | 22.0 ± 1.7 | 22.0 ± 1.7 | 22.0 ± 1.7 |") == 1
-    assert "| MoCo cifar10, 200 epochs | 1, 2 | " in text and "580 | 1.2 GB | CPU |" in text
+    assert "| MoCo cifar10, 200 epochs | 1, 2 | " in text
+    assert "580 | 10.0% | 1.2 GB | CPU |" in text
+    assert "Not measured yet: SimCLR cifar10, 200 epochs; MoCo cifar10-symmetric, 200" in text
     assert "### Views, one core" in text and "| images/s | 1,234 | 99 |" in text
     assert max(map(len, text.splitlines())) <= 200
     monkeypatch.chdir(tmp_path)
