@@ -25,16 +25,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 import tyro
-from PIL import Image
 from safetensors import safe_open
 
 import byol.config
@@ -48,6 +45,7 @@ from common.launch import provenance
 from eval.results.compare import as_text, named, one_baseline, overview
 from eval.results.page import MEASUREMENT, number, public, read_folder
 from eval.results.record import Result
+from tests.benchmarks.jpegs import jpegs
 
 RECIPES = {
     "simclr": simclr.config.RECIPES,
@@ -57,7 +55,7 @@ RECIPES = {
 RIGHT = "tests.benchmarks.right"
 IMAGENET = 1_281_167  # training images
 GPUS = 8  # that the papers' schedules are extrapolated to
-FILES = 4096  # JPEGs, as many as the largest batch; `images` of them differ
+FILES = 4096  # generated JPEGs, as many as the largest batch; `images` of them differ
 GRACE = 15  # seconds for a command to write what it has, when the time is up
 
 
@@ -91,10 +89,6 @@ class Failed(Exception):
     """A stage did not come to its end; the text says why in one line."""
 
 
-class OutOfTime(Exception):
-    """The limit is reached; what was begun goes on with the next call."""
-
-
 def execute(command: list[str], log: Path, deadline: float, most: float = 86_400) -> None:
     """Run `python -m COMMAND`, its output added to `log`, until the deadline.
 
@@ -103,7 +97,7 @@ def execute(command: list[str], log: Path, deadline: float, most: float = 86_400
 
     Raises:
         Failed: it did not succeed, or took longer than `most`.
-        OutOfTime: the deadline was before its end.
+        TimeoutError: the deadline was before its end; what was begun goes on with the next call.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -120,7 +114,7 @@ def execute(command: list[str], log: Path, deadline: float, most: float = 86_400
             status = child.wait(max(0.0, until - began))
         except subprocess.TimeoutExpired:
             if until == deadline:
-                raise OutOfTime from None
+                raise TimeoutError from None
             raise Failed(f"{command[0]} takes more than {most:.0f} s") from None
         finally:
             if child.poll() is None:
@@ -167,98 +161,47 @@ def measure_right(check: str, settings: Settings, deadline: float) -> None:
 class Case:
     """A recipe for some steps; on generated ImageNet unless it is CIFAR-10's."""
 
-    name: str
+    stage: str
     method: str
     recipe: str
     batch_size: int
     title: str
     steps: int = 40
     flags: tuple[str, ...] = ()
-    extrapolated: bool = False  # to the recipe's epochs of ImageNet on GPUS of these
-
-    @property
-    def stage(self) -> str:
-        return f"speed-{self.name}"
 
     @property
     def imagenet(self) -> bool:
         return self.recipe.startswith("imagenet")
 
 
+def cifar(name: str, title: str, method: str, recipe: str = "cifar10") -> Case:
+    title = f"{title}, CIFAR-10, R18, batch 512"
+    return Case(f"speed-cifar10-{name}", method, recipe, 512, title, 120)
+
+
 CIFAR = [
-    Case(f"cifar10-{name}", method, recipe, 512, f"{title}, CIFAR-10, R18, batch 512", steps=120)
-    for name, method, recipe, title in (
-        ("simclr", "simclr", "cifar10", "SimCLR"),
-        ("byol", "byol", "cifar10", "BYOL"),
-        ("moco", "moco", "cifar10", "MoCo"),
-        ("moco-symmetric", "moco", "cifar10-symmetric", "symmetric MoCo"),
-    )
+    cifar("simclr", "SimCLR", "simclr"),
+    cifar("byol", "BYOL", "byol"),
+    cifar("moco", "MoCo", "moco"),
+    cifar("moco-symmetric", "symmetric MoCo", "moco", "cifar10-symmetric"),
 ]
-R50 = [
-    Case("r50-256", "simclr", "imagenet-100ep", 256, "SimCLR, R50 at 224 px, batch 256"),
+WHOLE, CACHED = R50 = [
+    Case("speed-r50-256", "simclr", "imagenet-100ep", 256, "SimCLR, R50 at 224 px, batch 256"),
     Case(
-        "r50-4096-cached", "simclr", "imagenet-100ep", 4096,
+        "speed-r50-4096-cached", "simclr", "imagenet-100ep", 4096,
         "SimCLR, R50 at 224 px, batch 4096 in chunks of 256", 5, ("--grad-cache-chunk", "256"),
     ),
 ]  # fmt: skip
-# Batches: the papers' N over eight GPUs. One process is one GPU's part of MoCo's BatchNorm groups.
+# Extrapolated to the recipes' epochs. Batches: the papers' N over eight GPUs. One process is one
+# GPU's part of MoCo's BatchNorm groups.
 SCHEDULES = [
-    Case("imagenet-simclr", "simclr", "imagenet", 512, "SimCLR, 512 a GPU", extrapolated=True),
+    Case("speed-imagenet-simclr", "simclr", "imagenet", 512, "SimCLR, 512 a GPU"),
     Case(
-        "imagenet-moco", "moco", "imagenet", 32, "MoCo v2, 32 a GPU", flags=("--bn-splits", "1"),
-        extrapolated=True,
+        "speed-imagenet-moco", "moco", "imagenet", 32, "MoCo v2, 32 a GPU",
+        flags=("--bn-splits", "1"),
     ),
-    Case("imagenet-byol", "byol", "imagenet", 512, "BYOL, 512 a GPU", extrapolated=True),
+    Case("speed-imagenet-byol", "byol", "imagenet", 512, "BYOL, 512 a GPU"),
 ]  # fmt: skip
-
-
-def draw_size(draw: np.random.Generator) -> tuple[int, int]:
-    """Width and height: mostly 500 along the longer side, a few larger, 500 x 375 in the middle."""
-    if draw.random() < 0.05:
-        side = int(draw.uniform(600, 1200))
-    else:
-        side = 500 if draw.random() < 0.8 else int(draw.uniform(200, 500))
-    other = round(side * draw.choice([0.667, 0.75, 0.75, 0.75, 0.8, 1.0]))
-    return (side, other) if draw.random() < 0.75 else (other, side)
-
-
-def generate(index: int, folder: Path, deadline: float = math.inf) -> int:
-    """One JPEG whose detail falls with its scale as a photograph's; its bytes."""
-    path = folder / f"{index:06}.jpg"
-    if path.exists():
-        return path.stat().st_size
-    if time.monotonic() > deadline:
-        raise OutOfTime
-    draw = np.random.default_rng(index)
-    width, height = draw_size(draw)
-    picture = np.zeros((height, width, 3), np.float32)
-    for cells, strength in ((4, 60), (16, 35), (64, 18), (width, 14)):
-        rough = draw.normal(0, strength, (max(1, cells * height // width), cells, 3))
-        for channel in range(3):
-            layer = Image.fromarray(rough[..., channel].astype(np.float32))
-            resized = layer.resize((width, height), Image.Resampling.BICUBIC)
-            picture[..., channel] += np.asarray(resized)
-    aside = path.with_suffix(".part")
-    pixels = (picture + 128).clip(0, 255).astype(np.uint8)
-    Image.fromarray(pixels).save(aside, "JPEG", quality=92)
-    return aside.replace(path).stat().st_size
-
-
-def jpegs(settings: Settings, deadline: float) -> tuple[Path, str]:
-    """The folder of generated images, made once, and a line on what is in it.
-
-    Of FILES files, `images` differ: an epoch decodes each of the others several times.
-    """
-    folder = Path(settings.out) / f"jpegs-{settings.images}"
-    folder.mkdir(parents=True, exist_ok=True)
-    count = min(settings.images, FILES)
-    with ThreadPoolExecutor(settings.workers) as pool:  # NumPy and Pillow leave Python's lock
-        sizes = list(pool.map(partial(generate, folder=folder, deadline=deadline), range(count)))
-    for index in range(count, FILES):
-        if not (path := folder / f"{index:06}.jpg").exists():
-            os.link(folder / f"{index % count:06}.jpg", path)
-    mean = sum(sizes) / len(sizes) / 1000
-    return folder, f"{count:,} generated JPEGs of {mean:.0f} kB"
 
 
 def speed_command(case: Case, source: str, settings: Settings) -> list[str]:
@@ -286,8 +229,9 @@ def measure_speed(case: Case, settings: Settings, deadline: float) -> None:
     """Run a case and keep its record."""
     source, images = settings.data, "CIFAR-10"
     if case.imagenet:
-        folder, images = jpegs(settings, deadline)
-        source = str(folder)
+        source, images = jpegs(
+            Path(settings.out), FILES, settings.images, settings.workers, deadline
+        )
     out = Path(settings.out) / case.stage
     shutil.rmtree(out, ignore_errors=True)  # steps of a run that was stopped
     command = speed_command(case, source, settings)
@@ -329,11 +273,11 @@ def figures_of_speed(case: Case, out: Path, spent: float, settings: Settings) ->
     }
     if not case.imagenet:
         figures["seconds_per_epoch"] = run["images"] / rate
-    whole = record_of(Path(settings.keep) / "speed-r50-256.json")
-    if case.name == "r50-4096-cached" and whole and whole["device"] == provenance(1)["device"]:
+    whole = record_of(Path(settings.keep) / f"{WHOLE.stage}.json")
+    if case.stage == CACHED.stage and whole and whole["device"] == provenance(1)["device"]:
         more = 100 * (whole["figures"]["pairs_per_second"] / rate - 1)
         figures["more_time_a_pair_percent"] = more
-    if case.extrapolated:
+    if case.recipe == "imagenet":
         epochs = RECIPES[case.method][case.recipe][0].epochs
         figures["schedule_epochs"] = epochs
         figures[f"schedule_hours_on_{GPUS}"] = epochs * IMAGENET / rate / GPUS / 3600
@@ -489,7 +433,7 @@ def measure_row(row: Row, again: bool, settings: Settings, deadline: float) -> N
     """Pretrain a row, unless that is done, and judge it; each judgement is kept at once."""
     epochs, _ = plan(row, again, settings, deadline - time.monotonic())
     if not epochs:  # the last moment in which it fitted is over
-        raise OutOfTime
+        raise TimeoutError
     folder, log = row.folder(epochs, settings), Path(settings.out) / f"{row.name}.log"
     if again and not row.judging:
         shutil.rmtree(folder, ignore_errors=True)
@@ -556,7 +500,7 @@ def work(stage: Stage, settings: Settings, deadline: float) -> str:
     began = time.monotonic()
     try:
         stage.measure(deadline)
-    except OutOfTime:
+    except TimeoutError:
         return "no time, begun"
     except (Failed, UserError, OSError) as error:
         return f"FAILED: {error}; see {Path(settings.out) / stage.name}.log"

@@ -25,8 +25,8 @@ from common.files import to_json
 from eval.__main__ import parse as parse_judgements
 from eval.results.page import read_folder
 from eval.results.record import Result, write
-from tests.benchmarks import results_gpu
-from tests.benchmarks.results_gpu import FIRST, LATER, Failed, OutOfTime, Row, Settings
+from tests.benchmarks import jpegs, results_gpu
+from tests.benchmarks.results_gpu import FIRST, LATER, Failed, Row, Settings
 
 PRETRAIN = {"simclr": simclr.pretrain, "moco": moco.pretrain, "byol": byol.pretrain}
 CASES = results_gpu.CIFAR + results_gpu.R50 + results_gpu.SCHEDULES
@@ -56,7 +56,7 @@ class Machine:
     def spend(self, seconds, deadline):
         self.now, spent = min(deadline, self.now + seconds), self.now
         if self.now == deadline:
-            raise OutOfTime
+            raise TimeoutError
         return self.now - spent
 
     def execute(self, command, log, deadline, most=0):
@@ -85,7 +85,7 @@ class Machine:
         done, begun = self.pairs.get(folder, 0), self.now
         try:
             self.spend((steps * cfg.batch_size - done) / self.rate, deadline)
-        except OutOfTime:
+        except TimeoutError:
             self.pairs[folder] = done + (self.now - begun) * self.rate
             raise
         row = {"pairs_per_second": self.rate, "data_wait": 0.01, "peak_memory_gb": 2.0}
@@ -159,7 +159,7 @@ def machine(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results_gpu, "time", SimpleNamespace(monotonic=made.monotonic))
     monkeypatch.setattr(results_gpu, "execute", made.execute)
     monkeypatch.setattr(results_gpu, "checks", lambda: ["losses", "views"])
-    monkeypatch.setattr(results_gpu, "jpegs", lambda *_: (Path("x/jpegs-2048"), "generated JPEGs"))
+    monkeypatch.setattr(results_gpu, "jpegs", lambda *_: ("x/jpegs-2048", "generated JPEGs"))
     return made
 
 
@@ -309,7 +309,7 @@ def test_every_command_is_what_was_asked_for():
         assert abs(module.total_steps(cfg, count) - case.steps) <= 1
         assert cfg.batch_size == case.batch_size and run_cfg.precision == "bf16"
         assert run_cfg.log_every == 7
-        if case.extrapolated:  # eight of these are the paper's batch
+        if case in results_gpu.SCHEDULES:  # eight of these are the paper's batch
             assert case.batch_size * results_gpu.GPUS == module.RECIPES[recipe][0].batch_size
     for row in FIRST + LATER:
         epochs = row.sizes[-1]
@@ -342,7 +342,7 @@ def sleeping(stubborn=""):
 def test_a_command_is_ended_when_the_time_is_up(tmp_path, monkeypatch):
     monkeypatch.setattr(results_gpu, "GRACE", 1)
     log, began = tmp_path / "log", time.monotonic()
-    with pytest.raises(OutOfTime):
+    with pytest.raises(TimeoutError):
         results_gpu.execute(sleeping("stubborn"), log, began + 1)
     with pytest.raises(Failed, match="takes more than 0 s"):
         results_gpu.execute(sleeping(), log, math.inf, most=0.1)
@@ -368,22 +368,20 @@ def test_mistakes_are_one_line(words, said, machine, monkeypatch, capsys):
     assert caught.value.code == 2 and said in capsys.readouterr().err
 
 
-def test_generated_images_have_the_sizes_of_imagenet(tmp_path, monkeypatch):
-    sizes = [results_gpu.draw_size(np.random.default_rng(i)) for i in range(2000)]
+def test_generated_images_have_the_sizes_of_imagenet(tmp_path):
+    sizes = [jpegs.draw_size(np.random.default_rng(i)) for i in range(2000)]
     assert np.allclose(np.mean(sizes, axis=0), (480, 410), atol=30)
     assert np.median(sizes, axis=0).tolist() == [500, 375]
-    monkeypatch.setattr(results_gpu, "FILES", 11)
-    settings = Settings(out=str(tmp_path), images=8)
-    folder, about = results_gpu.jpegs(settings, math.inf)
-    paths = sorted(folder.iterdir())
+    folder, about = jpegs.jpegs(tmp_path, 11, 8, workers=2)
+    paths = sorted(Path(folder).iterdir())
     assert len(paths) == 11 and "8 generated" in about
     assert paths[9].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()
     width, height = np.array([Image.open(path).size for path in paths[:8]]).T
     written = sum(path.stat().st_size for path in paths[:8])
     assert 0.4 < written / (width * height).sum() < 0.8  # bytes a pixel: 110 kB at 500 x 375
-    assert results_gpu.jpegs(settings, -math.inf) == (folder, about)  # what is there is not made
-    with pytest.raises(OutOfTime):
-        results_gpu.jpegs(replace(settings, images=9), -math.inf)
+    assert jpegs.jpegs(tmp_path, 11, 8, 2, -math.inf) == (folder, about)  # not made again
+    with pytest.raises(TimeoutError):
+        jpegs.jpegs(tmp_path, 11, 9, 2, -math.inf)
 
 
 def pictures(folder):
@@ -416,7 +414,7 @@ def small(tmp_path, monkeypatch):
         for case in cases:
             flags = ["--arch", "demo", "--image-size", "32", "--epochs", "0.75"]
             flags += ["--bn-splits", "2"] if case.method == "moco" else []
-            flags += ["--grad-cache-chunk", "4"] if "cached" in case.name else []
+            flags += ["--grad-cache-chunk", "4"] if "cached" in case.stage else []
             yield replace(case, batch_size=16, steps=case.steps // 5, flags=tuple(flags))
 
     for name in ("CIFAR", "R50", "SCHEDULES"):
