@@ -147,7 +147,8 @@ def checks() -> list[str]:
 def measure_right(check: str, settings: Settings, deadline: float) -> None:
     name = f"right-{check}"
     folder, path = Path(settings.out) / name, Path(settings.keep) / f"{name}.json"
-    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # else an older one would stand for a check that fails
     given = ["--out", str(folder), "--record", str(path)]
     execute([RIGHT, check, *given], Path(settings.out) / f"{name}.log", deadline, most=180)
     if not record_of(path):
@@ -477,14 +478,12 @@ def stages(settings: Settings) -> list[Stage]:
         told = (row, is_again(row.name), settings)
         return Stage(row.name, lambda left: plan(*told, left)[1], partial(measure_row, *told))
 
-    def has_figures(row: Row) -> bool:
-        return bool(there(results, row))
-
     results = kept(settings.keep)
     right = [
         simple(f"right-{check}", 20, partial(measure_right, check, settings)) for check in checks()
     ]
-    table = [row_stage(row) for row in [*sorted(FIRST, key=has_figures), *LATER]]
+    first = sorted(FIRST, key=lambda row: bool(there(results, row)))  # without any figure: first
+    table = [row_stage(row) for row in [*first, *LATER]]
     last = [*table, *speed(SCHEDULES)] if settings.minutes else [*speed(SCHEDULES), *table]
     return [*right, *speed(CIFAR + R50), *last]
 

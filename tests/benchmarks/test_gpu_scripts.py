@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -155,21 +156,22 @@ def machine(tmp_path, monkeypatch, capsys):
             made.found = outcomes(made.shown)
         return [" ".join(command) for command in made.commands]
 
-    made.call = call
+    made.call, before = call, signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(results_gpu, "time", SimpleNamespace(monotonic=made.monotonic))
     monkeypatch.setattr(results_gpu, "execute", made.execute)
     monkeypatch.setattr(results_gpu, "checks", lambda: ["losses", "views"])
     monkeypatch.setattr(results_gpu, "jpegs", lambda *_: ("x/jpegs-2048", "generated JPEGs"))
-    return made
+    yield made
+    signal.signal(signal.SIGTERM, before)
 
 
 def outcomes(shown):
-    """{stage: what became of it}, as they ended, one by one; the summary repeats it."""
+    """{stage: what became of it} by the summary, which repeats what was said as each ended."""
     ended, summary = [
         [x for x in part.splitlines() if x[-3:] != "..."] for part in (*shown.split("\n\n"), "")[:2]
     ]
-    assert ended == summary or not summary
-    return {line[:57].strip(): line[57:] for line in ended}
+    assert ended == summary[: len(ended)] or not summary
+    return {line[:57].strip(): line[57:] for line in summary}
 
 
 def test_all_stages_in_order_and_each_once(machine):
@@ -287,6 +289,26 @@ def test_a_failure_does_not_stop_the_queue(machine):
     assert len(machine.call("--only", "right-")) == 1
 
 
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_a_signal_the_same_command_goes_on(signum, status, machine, monkeypatch):
+    names = [case.stage for case in results_gpu.CIFAR]
+
+    def stopped(command, *others, **named):
+        if "byol" in command[0]:
+            signal.raise_signal(signum)
+        machine.execute(command, *others, **named)
+
+    monkeypatch.setattr(results_gpu, "execute", stopped)
+    with pytest.raises(SystemExit) as caught:
+        machine.call("--only", "speed-cifar10")
+    assert caught.value.code == status
+    assert [*machine.found.values()] == ["measured in 20 s", *["not reached"] * 3]
+    monkeypatch.setattr(results_gpu, "execute", machine.execute)
+    machine.call("--only", "speed-cifar10")
+    assert [*machine.found] == names and machine.found[names[0]] == "was there"
+    assert all(machine.found[name].startswith("measured") for name in names[1:])
+
+
 def test_measured_anew_on_demand(machine):
     machine.call("--only", "speed-cifar10-moco")
     first = machine.call("--only", "speed-cifar10-moco", "--again", "symmetric")
@@ -340,10 +362,10 @@ def sleeping(stubborn=""):
 
 
 def test_a_command_is_ended_when_the_time_is_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(results_gpu, "GRACE", 1)
+    monkeypatch.setattr(results_gpu, "GRACE", 0.5)
     log, began = tmp_path / "log", time.monotonic()
     with pytest.raises(TimeoutError):
-        results_gpu.execute(sleeping("stubborn"), log, began + 1)
+        results_gpu.execute(sleeping("stubborn"), log, began + 0.7)
     with pytest.raises(Failed, match="takes more than 0 s"):
         results_gpu.execute(sleeping(), log, math.inf, most=0.1)
     with pytest.raises(Failed, match=r"no_such_module: .*No module"):
