@@ -164,7 +164,7 @@ def results_page(records: Sequence[Result | dict[str, Any]]) -> str:
     checks = [each for each in measurements if RIGHT in each["command"]]
     speeds = [each for each in measurements if "pairs_per_second" in each["figures"]]
     if checks:
-        parts += ["\n## Is it right on a GPU?\n", *map(check_line, checks)]
+        parts += ["\n## Is it right?\n", *map(check_line, checks)]
     if speeds:
         parts += ["\n## How fast are the commands?\n", *speed_tables(speeds)]
     others = [each for each in measurements if each not in checks + speeds]
@@ -325,7 +325,7 @@ def made_on(measurement: dict[str, Any]) -> str:
 def check_line(measurement: dict[str, Any]) -> str:
     """A check and its figures, which are within the check's bounds, else there is no record."""
     of = measurement["figures"].items()
-    figures = ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in of)
+    figures = "; ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in of)
     return listed(f"{headed(measurement)}: {figures} ({made_on(measurement)})")
 
 

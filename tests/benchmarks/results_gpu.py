@@ -512,7 +512,7 @@ def summary(outcomes: dict[str, str], settings: Settings) -> str:
     for name in outcomes:
         if record := record_of(Path(settings.keep) / f"{name}.json"):
             figures = (f"{k.replace('_', ' ')} {number(v)}" for k, v in record["figures"].items())
-            lines.append(f"{name:<32} {', '.join(figures)} ({record['device']})")
+            lines.append(f"{name:<32} {'; '.join(figures)} ({record['device']})")
     rows = [row for row in FIRST + LATER if row.name in outcomes]
     if found := [r for r in kept(settings.keep) if any(there([r], row) for row in rows)]:
         lines += ["", as_text(overview(one_baseline(named(found))[0]))]

@@ -189,7 +189,7 @@ def test_all_stages_in_order_and_each_once(machine):
     assert machine.call() == []
     assert {*machine.found.values()} == {"was there"}
     shown = machine.shown
-    assert "seconds per epoch 4 (" in shown and "difference 1e-12" in shown  # the figures
+    assert "; seconds per epoch 4 (" in shown and "difference 1e-12" in shown  # the figures
     assert "SimCLR cifar10, 200 epochs" in shown and "5.0 ± 1.0" in shown
 
 

@@ -412,7 +412,7 @@ def test_checks_and_speeds_have_parts_of_their_own():
         records.append(about | {"title": name * 82, "command": command, "figures": speed})
     text = page.results_page(records)
     assert "How fast beside others" not in text and max(map(len, text.splitlines())) <= 200
-    assert "- Losses: largest difference 1e-12, steps 5 (NVIDIA H100" in text
+    assert "- Losses: largest difference 1e-12; steps 5 (NVIDIA H100" in text
     table = text[text.index("## How fast are the commands?") :]
     assert table.count("| --- |") == 2 and table.count("| 10,800 | 0.01 | NVIDIA") == 2
     assert "| 10,800 | 0.01 | 4.25 | NVIDIA" in table and table.count("simclr.pretrain") == 3
