@@ -11,6 +11,7 @@ On a CPU everything is smaller, and is compared with itself. It needs neither py
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 import byol.pretrain
 import moco.pretrain
 import simclr.pretrain
-from common import cli, encoders
+from common import cli, demo, encoders
 from common.augment import Batched
 from common.checkpoints import tensors_in
 from common.files import atomic_write_bytes
@@ -49,6 +50,7 @@ Figures = dict[str, float]
 MODULES = {"simclr": simclr.pretrain, "moco": moco.pretrain, "byol": byol.pretrain}
 NAMES = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 IMAGES = 5120  # for training, of the demo
+demo_images = functools.cache(demo.split)  # a second, of twenty runs each
 CPU = torch.device("cpu")
 
 
@@ -97,6 +99,7 @@ def pretrain(
         stack.enter_context(contextlib.redirect_stderr(log))
         stack.enter_context(patch.object(module, "launch", watched_launch))
         stack.enter_context(patch.object(Run, "end_step", watched_end))
+        stack.enter_context(patch.object(demo, "split", demo_images))
         if device.type == "cpu":
             stack.enter_context(patch.object(torch.cuda, "is_available", lambda: False))
         words = [str(word) for word in argv]
@@ -244,7 +247,8 @@ def skipped_steps(device: torch.device, folder: Path, method: str) -> Figures:
         kept.append(len(list(tensors_in(parts["optimizer"].state_dict()["state"]))))
 
     batch, flags = size_of(method, device)
-    flags += ("--queue-size", 256) if method == "moco" else ()  # full after two steps
+    # a queue that is full after a few steps, and a rate at which the loss then falls at once
+    flags += ("--queue-size", 256, "--base-lr", 0.3) if method == "moco" else ()
     flags += ("--precision", "fp16")
     out = folder / method
     curve = pretrain(method, device, out, 30, batch, *flags, launched=launched, each=each)
@@ -264,28 +268,41 @@ def skipped_steps(device: torch.device, folder: Path, method: str) -> Figures:
     return {"skipped": sum(fell), "scale": scales[-1], "highest loss": top, "last": last}
 
 
-BF16 = {"simclr": 0.03, "moco": 0.03, "byol": 0.03}
+# Of the mean loss of the first and of the last 20 of 200 steps. On a CPU bfloat16 was off by at most
+# 0.01, 0.02 and 0.3 % in the first (SimCLR, MoCo, BYOL; two or three seeds) and by 1.3, 0.3 and
+# 2.7 % in the last, in which other seeds are off by 5, 2 and 18 %, and weights that are rounded to
+# bfloat16 after each step by 4.3, 1.1 and 3.0 %.
+BF16 = {"simclr": (0.01, 0.03), "moco": (0.002, 0.008), "byol": (0.01, 0.05)}
+RATE = ("--base-lr", 1.0)  # of SimCLR: at the recipe's 8.0 two roundings part as two seeds do
 
 
 def bf16(device: torch.device, folder: Path) -> Figures:
-    """Relative difference of the mean loss of the last steps, in bfloat16 and in float32."""
+    """Relative difference of the mean losses, early and late, in bfloat16 and in float32."""
     return per_method(partial(in_bfloat16, device, folder))
 
 
-def in_bfloat16(device: torch.device, folder: Path, method: str) -> float:
-    steps, last = (40, 10) if device.type == "cpu" else (200, 20)
+def in_bfloat16(device: torch.device, folder: Path, method: str) -> Figures:
+    small = device.type == "cpu"
+    steps, window = (40, 10) if small else (200, 20)
     batch, flags = size_of(method, device)
-    ends = {}
+    flags += RATE if method == "simclr" else ()
+    curves = {}
     for precision in ("bf16", "fp32"):
         given = (steps, batch, "--precision", precision, *flags)
         curve = pretrain(method, device, folder / f"{method}-{precision}", *given)
-        ends[precision], top = mean(curve[-last:]), max(curve)
-        fallen = ends[precision] < FALLEN * top
-        assert fallen, f"the loss in {precision} has been {top:.3f}, and is {ends[precision]:.3f}"
-    far = abs(ends["bf16"] / ends["fp32"] - 1)
-    most = BF16[method]
-    assert far <= most, f"loss {ends['bf16']:.4f} in bfloat16, {ends['fp32']:.4f} in float32"
-    return far
+        curves[precision], top, end = curve, max(curve), mean(curve[-window:])
+        assert end < FALLEN * top, f"the loss in {precision} has been {top:.3f}, and is {end:.3f}"
+    figures = {}
+    bands = zip(("first", "last"), (slice(window), slice(-window, None)), BF16[method], strict=True)
+    for kind, part, most in bands:
+        ours, theirs = (mean(curves[precision][part]) for precision in ("bf16", "fp32"))
+        most *= (
+            3 if small else 1
+        )  # a step of a batch of 32 says less: with other seeds 0.3 to 4.5 %
+        figures[kind] = far = abs(ours / theirs - 1)
+        what = f"{kind} losses {ours:.4f} in bfloat16, {theirs:.4f} in float32"
+        assert far <= most, f"{what}: apart by {far:.2%}, more than {most:.2%}"
+    return figures
 
 
 # ---- resume --------------------------------------------------------------------------------------
@@ -500,10 +517,10 @@ def attempt(name: str, gpu: bool, out: Path, record: Path | None) -> bool:
     shown = "; ".join(f"{key} {value:.3g}" for key, value in figures.items())
     print(f"{name}: right: {shown}", flush=True)
     if record:
-        here = provenance(1)
+        here, about = provenance(1), (check.__doc__ or name).splitlines()[0].rstrip(".")
         content = {
             "kind": "measurement",
-            "title": f"is it right: {(check.__doc__ or name).strip().splitlines()[0].rstrip('.')}",
+            "title": f"is it right: {about[:1].lower()}{about[1:]}",
             "command": f"python -m tests.benchmarks.right {name}" + ("" if gpu else " --cpu"),
             "figures": {key: float(f"{value:.6g}") for key, value in figures.items()},
             "device": here["device"],
