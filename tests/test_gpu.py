@@ -65,7 +65,7 @@ def test_losses_of_a_loss_that_is_a_little_off(tmp_path, monkeypatch):
 
 def test_views_that_are_a_little_off(tmp_path, monkeypatch):
     monkeypatch.setattr(Batched, "__call__", every_other(Batched.__call__, lambda v: v + 1e-4))
-    assert "simclr demo, view 1 at 32 px, torch.float32: views apart" in miss("views", tmp_path)
+    assert "simclr demo, view 1, float32, 32 px: apart by" in miss("views", tmp_path)
 
 
 def test_a_queue_that_takes_the_keys_of_a_skipped_step(tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_a_record(tmp_path, monkeypatch, capsys):
     record = json.loads(path.read_text())
     assert record["kind"] == "measurement" and record["device"].startswith("CPU")
     assert record["command"] == "python -m tests.benchmarks.right views --cpu" and record["commit"]
-    assert record["figures"].keys() == {"float32", "float64", "seconds"}
+    assert record["figures"].keys() == {"float32, 32 px", "float64, 32 px", "seconds"}
     assert record["title"] in results_page([read_folder(path.parent)[0][1]]).replace(
         "Is it", "is it"
     )
