@@ -127,6 +127,7 @@ def record_cuda_graphs(
     network.to(accelerator.device)
     buffers = list(network.buffers())  # running statistics, which the passes before it move
     before = [buffer.clone() for buffer in buffers]
+    views = [view.clone() for view in views]  # into which those of each step are copied
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     mixed = precision is not None
     with torch.autocast("cuda", precision, enabled=mixed, cache_enabled=False):

@@ -144,15 +144,19 @@ def checks() -> list[str]:
     return list(sys.modules[RIGHT].CHECKS)
 
 
-def measure_right(check: str, settings: Settings, deadline: float) -> None:
-    name = f"right-{check}"
-    folder, path = Path(settings.out) / name, Path(settings.keep) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # else an older one would stand for a check that fails
-    given = ["--out", str(folder), "--record", str(path)]
-    execute([RIGHT, check, *given], Path(settings.out) / f"{name}.log", deadline, most=180)
-    if not record_of(path):
-        raise Failed("no record was written")
+def unchecked(again: bool, settings: Settings) -> dict[str, Path]:
+    """The checks without a record, or all of them, and where their records will be."""
+    paths = {check: Path(settings.keep) / f"right-{check}.json" for check in checks()}
+    return {check: path for check, path in paths.items() if again or not record_of(path)}
+
+
+def measure_right(again: bool, settings: Settings, deadline: float) -> None:
+    """Make the checks in one process, each of which keeps its record at once."""
+    missing, out = unchecked(again, settings), Path(settings.out)
+    for path in missing.values():
+        path.unlink(missing_ok=True)  # else an older one would stand for a check that fails
+    given = ["--out", str(out / "right"), "--record-in", settings.keep]
+    execute([RIGHT, *missing, *given], out / "right.log", deadline, most=60 * len(missing))
 
 
 # ---- how fast ------------------------------------------------------------------------------------
@@ -479,13 +483,12 @@ def stages(settings: Settings) -> list[Stage]:
         return Stage(row.name, lambda left: plan(*told, left)[1], partial(measure_row, *told))
 
     results = kept(settings.keep)
-    right = [
-        simple(f"right-{check}", 20, partial(measure_right, check, settings)) for check in checks()
-    ]
+    told = (is_again("right"), settings)
+    right = Stage("right", lambda _: 15 * len(unchecked(*told)), partial(measure_right, *told))
     first = sorted(FIRST, key=lambda row: bool(there(results, row)))  # without any figure: first
     table = [row_stage(row) for row in [*first, *LATER]]
     last = [*table, *speed(SCHEDULES)] if settings.minutes else [*speed(SCHEDULES), *table]
-    return [*right, *speed(CIFAR + R50), *last]
+    return [right, *speed(CIFAR + R50), *last]
 
 
 def work(stage: Stage, settings: Settings, deadline: float) -> str:
@@ -509,7 +512,8 @@ def work(stage: Stage, settings: Settings, deadline: float) -> str:
 def summary(outcomes: dict[str, str], settings: Settings) -> str:
     """What became of each stage, and the figures that there are."""
     lines = ["", *(f"{name:<56} {outcome}" for name, outcome in outcomes.items()), ""]
-    for name in outcomes:
+    names = [f"right-{check}" for check in checks() if "right" in outcomes]
+    for name in [*names, *outcomes]:
         if record := record_of(Path(settings.keep) / f"{name}.json"):
             figures = (f"{k.replace('_', ' ')} {number(v)}" for k, v in record["figures"].items())
             lines.append(f"{name:<32} {'; '.join(figures)} ({record['device']})")

@@ -1,6 +1,5 @@
 """The script that measures on a GPU, as far as a CPU can say: its order, commands and records."""
 
-import importlib.util
 import json
 import math
 import signal
@@ -71,7 +70,8 @@ class Machine:
             figures = {"difference": 1e-12}
             known = {"title": "x", "command": "x", "device": "GPU", "commit": "x"}
             record = {"kind": "measurement", "figures": figures} | known
-            Path(command[command.index("--record") + 1]).write_text(json.dumps(record))
+            for name in command[1 : command.index("--out")]:
+                (self.keep / f"right-{name}.json").write_text(json.dumps(record))
         else:
             self.pretrain(command, deadline)
 
@@ -178,7 +178,7 @@ def test_all_stages_in_order_and_each_once(machine):
     machine.call()
     found = machine.found
     names = [
-        "right-losses", "right-views",
+        "right",
         *(f"speed-cifar10-{name}" for name in ("simclr", "byol", "moco", "moco-symmetric")),
         "speed-r50-256", "speed-r50-4096-cached",
         *(f"speed-imagenet-{name}" for name in ("simclr", "moco", "byol")),
@@ -198,7 +198,7 @@ def test_the_list_shows_and_does_nothing(machine):
     assert machine.call("--list") == []
     lines = machine.shown.splitlines()
     others = len(CASES) + len(FIRST + LATER)
-    assert [line.endswith(" not measured") for line in lines] == [False] * 2 + [True] * others
+    assert [line.endswith(" not measured") for line in lines] == [False] + [True] * others
 
 
 def test_some_minutes_at_a_time(machine):
@@ -217,10 +217,10 @@ def test_some_minutes_at_a_time(machine):
         return max((epochs for epochs, _ in results_gpu.there(results, row)), default=0)
 
     names = [row.name for row in FIRST]
-    after = call(11)
-    # eight short stages, of 15 s and their steps: 50 epochs fit into what is left, but not twice
+    after = call(10)
+    # seven short stages, of 15 s and their steps: 50 epochs fit into what is left, but not twice
     assert [after[name] for name in names] == [50, 0, 0, 0]
-    assert shown[0]["right-views"].startswith("measured")
+    assert shown[0]["right"].startswith("measured")
     assert shown[0][names[1]] == "no time" == shown[0][f"{names[0]}-protocols"]
     assert [*shown[0]][-3:] == [case.stage for case in results_gpu.SCHEDULES]
     after = call(11)
@@ -276,17 +276,21 @@ def test_a_run_that_was_begun_keeps_its_epochs(machine):
 
 
 def test_a_failure_does_not_stop_the_queue(machine):
-    machine.failing.update({"byol.pretrain cifar10", "right views"})
+    machine.failing.update({"byol.pretrain cifar10", "right losses"})
     with pytest.raises(SystemExit) as caught:
         machine.call("--minutes", "60")
     failed = [name for name, outcome in machine.found.items() if outcome.startswith("FAILED")]
     assert caught.value.code == 1
-    assert failed == ["right-views", "speed-cifar10-byol"]  # of whose row nothing is known to fit
-    log = Path(sys.argv[sys.argv.index("--out") + 1]) / "right-views.log"
-    assert machine.found["right-views"] == f"FAILED: it says why; see {log}"
+    assert failed == ["right", "speed-cifar10-byol"]  # of whose row nothing is known to fit
+    log = Path(sys.argv[sys.argv.index("--out") + 1]) / "right.log"
+    assert machine.found["right"] == f"FAILED: it says why; see {log}"
     assert machine.found["speed-cifar10-moco"].startswith("measured")
     machine.failing.clear()
-    assert len(machine.call("--only", "right-")) == 1
+    [command] = machine.call("--only", "right")
+    assert "right losses views --out" in command
+    (machine.keep / "right-losses.json").unlink()
+    [command] = machine.call("--only", "right")
+    assert "right losses --out" in command
 
 
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -418,16 +422,6 @@ def pictures(folder):
     return folder
 
 
-STUB = """
-import json, sys
-CHECKS = {"losses": None}
-if __name__ == "__main__":
-    about = {"title": "Losses", "command": "x", "device": "CPU", "commit": "x"}
-    record = {"kind": "measurement", "figures": {"difference": 0.0}} | about
-    open(sys.argv[sys.argv.index("--record") + 1], "w").write(json.dumps(record))
-"""
-
-
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Call the script itself, with stages of few small images and steps."""
@@ -451,10 +445,6 @@ def small(tmp_path, monkeypatch):
     later = [smallest(row) for row in LATER[:1]] + [smallest(FIRST[1], judging="protocols")]
     monkeypatch.setattr(results_gpu, "LATER", later)
     monkeypatch.setattr(results_gpu, "FILES", 64)
-    if not importlib.util.find_spec(results_gpu.RIGHT):
-        (tmp_path / "stub_right.py").write_text(STUB)
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr(results_gpu, "RIGHT", "stub_right")
     monkeypatch.setenv("PYTHONPATH", f"{Path.cwd()}:{tmp_path}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data, keep = pictures(tmp_path / "images"), tmp_path / "results"
@@ -491,7 +481,8 @@ def test_every_stage_for_real_on_a_small_scale(small, tmp_path, capsys):
     stages = outcomes(capsys.readouterr().out)
     assert all(outcome.startswith("measured") for outcome in stages.values())
     for name in stages:
-        assert name in records or name.startswith("row-")
+        assert name in records or name == "right" or name.startswith("row-")
+    assert {f"right-{check}" for check in results_gpu.checks()} <= records.keys()
     for method in ("simclr", "moco", "byol"):
         record = records[f"speed-imagenet-{method}"]
         figures = record["figures"]
