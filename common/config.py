@@ -72,7 +72,8 @@ class RunConfig(SourceConfig):
     out: str = "runs/run"  # folder of this run; the same command given again goes on there
     seed: int = fixed(1)  # seed of initial weights, order of the images and views
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = fixed("fp32")  # precision of the networks
-    compile: bool = False  # torch.compile the encoders: a minute, for 3 % on a CPU
+    compile: bool = False
+    """torch.compile the encoders: a minute, for 3 % on a CPU; small images lose by it on a GPU"""
     cuda_graphs: bool = False
     """on one GPU: record the networks' passes as CUDA graphs, for small networks and images"""
     processes: int = 0  # refuse to start unless so many were launched; 0: any number

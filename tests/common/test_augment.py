@@ -696,16 +696,3 @@ def test_how_far_others_are_reduced_changes_no_bit_of_a_view():
         assert torch.equal(
             batched(images[i : i + 1], u[i : i + 1], sizes[i : i + 1])[0], together[i]
         )
-
-
-# On an accelerator
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("size", [(20, 30), (180, 150)])
-@pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-9), (torch.float32, 2e-5)])
-def test_a_gpu_makes_the_same_views(size, dtype, most):
-    batched, images = Batched(SIMCLR, dtype), torch.randint(0, 256, (8, 3, *size)).byte()
-    u = uniforms(8, batched.draws)
-    assert (batched(images.cuda(), u).cpu() - batched(images, u)).abs().max() < most
