@@ -12,7 +12,7 @@ from common.augment import Batched, ViewError, send
 from common.data import ImageSplit, batch_indices, generator
 from common.errors import UserError
 
-TOGETHER = 2**26  # bytes of pixels of which an accelerator makes one view at a time
+TOGETHER = 2**26  # bytes of images, or of a view of each, that an accelerator makes at once
 
 
 class ViewPairs:
@@ -150,16 +150,18 @@ class ViewPairs:
         """
         images = self.resident
         assert images is not None
-        view_bytes = self.local_size * images[0].numel() * self.augmentations[0].dtype.itemsize
-        together = max(1, TOGETHER // view_bytes)
-        for some in (steps[i : i + together] for i in range(0, len(steps), together)):
+        together = 1  # until the first step has shown how large images and views are
+        while steps:
+            some, steps = steps[:together], steps[together:]
             order = torch.cat([self.indices(step) for step in some])
             rows = images.index_select(0, send(order, images.device))
             pair = self.pair(some[0], 0, rows, steps=len(some))
             if isinstance(pair, UserError):
                 yield pair
-            else:
-                yield from zip(*(view.split(self.local_size) for view in pair), strict=True)
+                return
+            largest = max(part.nbytes for part in (rows, *pair)) // len(some)
+            together = max(1, TOGETHER // largest)
+            yield from zip(*(view.split(self.local_size) for view in pair), strict=True)
 
     def pair(
         self,

@@ -196,9 +196,10 @@ def test_pairs_of_several_steps_made_at_once_are_those_of_one_after_the_other(
     expected = stacked(pairs(images, **settings), 2, 9)
     made = []
     monkeypatch.setattr(common.views, "resident", lambda images, device: images.store)
-    monkeypatch.setattr(common.views, "TOGETHER", together * BATCH // processes * 16 * 16 * 3 * 4)
+    view_bytes = BATCH // processes * SIZE * SIZE * 3 * 4  # more than those of the images
+    monkeypatch.setattr(common.views, "TOGETHER", together * view_bytes)
     stream = pairs(images, **settings)
     pair = stream.pair
     monkeypatch.setattr(stream, "pair", lambda *a, **k: made.append(k["steps"]) or pair(*a, **k))
     assert torch.equal(stacked(stream, 2, 9), expected)
-    assert made == {1: 7 * [1], 2: [2, 2, 2, 1], 3: [3, 3, 1], 100: [7]}[together]
+    assert made == {1: 7 * [1], 2: [1, 2, 2, 2], 3: [1, 3, 3], 100: [1, 6]}[together]
