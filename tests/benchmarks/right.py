@@ -465,7 +465,8 @@ def memory_of(device: torch.device, folder: Path, method: str) -> Figures:
         if gpu:
             torch.cuda.reset_peak_memory_stats()
 
-    pretrain(method, device, folder / method, 42, batch, *flags, recipe=recipe, each=each)
+    steps = 52  # ten more, so that as many views are there ahead of step 40 as of step 20
+    pretrain(method, device, folder / method, steps, batch, *flags, recipe=recipe, each=each)
     # on a CPU the losses that `pretrain` keeps, where a view has 48 KiB
     allowed = 2**10 if small(device) else PAIRS * 2 * batch * 3 * 32 * 32 * 4
     for what, (_, early, late) in (("the peak", peaks), ("what is held", held)):
