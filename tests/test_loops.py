@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.run import Run
+from common.run import Run, Waiting
 from tests.helpers import METHODS, pretrain, rows
 
 STEPS, BATCH, IMAGES = 8, 16, 5120
@@ -88,3 +88,31 @@ def test_a_compiled_run_is_the_same_run(more, tmp_path):
     torch.compiler.reset()
     for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "compiled"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+
+
+def test_waiting_on_a_gpu_is_the_device_s_and_each_second_counts_once(monkeypatch):
+    """On stand-ins, whose device is at 0, 1, 2, ... seconds when it comes to an event."""
+    clock, awaited = iter(range(100)), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock)
+
+        def synchronize(self):
+            awaited.append(self.at)
+
+        def elapsed_time(self, end):
+            assert end.at <= awaited[-1]
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    waiting = Waiting(torch.device("cuda"))
+    for steps in (2, 3, 0):
+        for _ in range(steps):
+            with waiting:
+                next(clock)
+        assert waiting.taken() == 2 * steps
+    assert awaited == [5, 14]
