@@ -180,8 +180,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
         if not self.training or self.groups == 1:
             return super().forward(input)
         own = self.running_mean, self.running_var, self.weight, self.bias
-        # The groups side by side, as further channels: one call, where one for each group would
-        # keep a GPU waiting for most of a step.
+        # The groups side by side, as further channels: one call, since with small images a GPU
+        # waits for calls. It costs two copies, which a CPU feels (tests/benchmarks/NOTES.md).
         mean, var, weight, bias = (x.repeat(self.groups) for x in own)
         side_by_side = torch.cat(input.chunk(self.groups), dim=1)  # (B / groups, groups C, ...)
         output = F.batch_norm(side_by_side, mean, var, weight, bias, True, self.momentum, self.eps)
