@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from common.cli import world_size
-from common.errors import UserError, printable
+from common.errors import UserError, first_line, printable
 
 OVERRIDDEN = {  # variables by which Accelerate would change a run, and the flags that say it here
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--batch-size is that of a whole step"),
@@ -121,18 +121,23 @@ def record_cuda_graphs(
         views: as it is called with, (B, C, H, W) each: always so many of this shape and dtype.
 
     Raises:
-        UserError: there is no CUDA device.
+        UserError: there is no CUDA device, a launcher has linked processes, or the network does
+            what cannot be recorded, such as waiting for a value.
     """
-    if accelerator.device.type != "cuda":
-        raise UserError("--cuda-graphs: there is no CUDA device")
+    if accelerator.device.type != "cuda" or dist.is_initialized():
+        raise UserError("--cuda-graphs: for one process on a CUDA device, without a launcher")
     network.to(accelerator.device)
     buffers = list(network.buffers())  # running statistics, which the passes before it move
     before = [buffer.clone() for buffer in buffers]
     views = [view.clone() for view in views]  # into which those of each step are copied
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     mixed = precision is not None
-    with torch.autocast("cuda", precision, enabled=mixed, cache_enabled=False):
-        torch.cuda.make_graphed_callables(network, tuple(views), allow_unused_input=True)
+    try:
+        with torch.autocast("cuda", precision, enabled=mixed, cache_enabled=False):
+            torch.cuda.make_graphed_callables(network, tuple(views), allow_unused_input=True)
+    except RuntimeError as error:
+        why = printable(first_line(error))
+        raise UserError(f"--cuda-graphs: this network cannot be recorded ({why})") from error
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)
 

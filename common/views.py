@@ -159,8 +159,9 @@ class ViewPairs:
             if isinstance(pair, UserError):
                 yield pair
                 return
-            largest = max(part.nbytes for part in (rows, *pair)) // len(some)
-            together = max(1, TOGETHER // largest)
+            if not self.unbatched:  # what runs image by image gains nothing
+                largest = max(part.nbytes for part in (rows, *pair)) // len(some)
+                together = max(1, TOGETHER // largest)
             yield from zip(*(view.split(self.local_size) for view in pair), strict=True)
 
     def pair(

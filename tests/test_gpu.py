@@ -26,6 +26,11 @@ def forgotten():
     forget_processes()
 
 
+def in_time(name):
+    """The check, among the slow tests if it takes long."""
+    return pytest.param(name, marks=pytest.mark.slow if name in ("fp16", "bf16") else ())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", right.CHECKS)
@@ -33,7 +38,7 @@ def test_it_is_right_on_a_gpu(name, tmp_path):
     assert right.CHECKS[name](torch.device("cuda"), tmp_path)
 
 
-@pytest.mark.parametrize("name", right.CHECKS)
+@pytest.mark.parametrize("name", [in_time(name) for name in right.CHECKS])
 def test_a_check_holds_on_a_cpu(name, tmp_path):
     with one_thread():
         figures = right.CHECKS[name](CPU, tmp_path)
@@ -89,6 +94,7 @@ def test_a_queue_that_takes_the_keys_of_a_skipped_step(tmp_path, monkeypatch):
         right.skipped_steps(CPU, tmp_path, "moco")
 
 
+@pytest.mark.slow
 def test_a_loss_that_bfloat16_changes(tmp_path, monkeypatch):
     off = every_other(right.pretrain, lambda curve: [loss * 1.04 for loss in curve])
     monkeypatch.setattr(right, "pretrain", off)

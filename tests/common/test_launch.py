@@ -123,6 +123,22 @@ def test_a_recorded_run_is_the_same_run(method, tmp_path, monkeypatch):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_a_network_that_cannot_be_recorded_is_one_line(monkeypatch):
+    def refused(network, views, allow_unused_input):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", refused)
+    gpu = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    with pytest.raises(UserError, match="--cuda-graphs: for one process on a CUDA device"):
+        launch.record_cuda_graphs(torch.nn.Identity(), [torch.ones(1)], gpu)
+    gpu.device = SimpleNamespace(type="cuda")
+    network = torch.nn.Identity()
+    network.to = lambda device: network
+    with pytest.raises(UserError, match=r"cannot be recorded \(RuntimeError: .* capturing\)$"):
+        launch.record_cuda_graphs(network, [torch.ones(1)], gpu)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_graphs_are_not_recorded_where_they_would_be_wrong(tmp_path, monkeypatch, capsys):
     for method, flag, more in (
         ("simclr", "--grad-cache-chunk", ["32"]), ("byol", "--accumulate", ["2"]),

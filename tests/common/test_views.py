@@ -202,4 +202,5 @@ def test_pairs_of_several_steps_made_at_once_are_those_of_one_after_the_other(
     pair = stream.pair
     monkeypatch.setattr(stream, "pair", lambda *a, **k: made.append(k["steps"]) or pair(*a, **k))
     assert torch.equal(stacked(stream, 2, 9), expected)
+    together = 1 if stream.unbatched else together
     assert made == {1: 7 * [1], 2: [1, 2, 2, 2], 3: [1, 3, 3], 100: [1, 6]}[together]
