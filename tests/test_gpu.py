@@ -4,12 +4,14 @@ python -m pytest tests/test_gpu.py -m gpu
 """
 
 import json
+import signal
 import sys
 
 import pytest
 import torch
 
 from common.augment import Batched
+from common.errors import UserError
 from common.run import Run
 from eval.results.page import read_folder, results_page
 from moco.model import MoCo
@@ -160,6 +162,28 @@ def test_what_is_wrong_is_one_line_and_the_others_are_made(tmp_path, monkeypatch
     assert wrong.startswith("wrong: WRONG: too far (")
     assert broken.startswith("broken: WRONG: ValueError: first line (")
     assert fine.startswith("fine: right: a figure 1e-12; seconds ")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_and_nothing_is_called_wrong(signum, tmp_path, monkeypatch, capsys):
+    def signalled(device, folder):
+        stop = lambda run, step: signal.raise_signal(signum)  # noqa: E731
+        right.pretrain("simclr", device, folder / "run", 3, 32, "--image-size", 16, each=stop)
+
+    monkeypatch.setattr(right, "CHECKS", {"first": signalled, "second": lambda *_: {"x": 1.0}})
+    monkeypatch.setattr(sys, "argv", ["right.py", "--cpu", "--out", str(tmp_path / "out")])
+    with one_thread(), pytest.raises(SystemExit) as caught:
+        right.main()
+    assert caught.value.code == 128 + signum
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_the_checks(monkeypatch):
+    monkeypatch.setattr(right, "CHECKS", {"never": None})
+    for flag in ("--out", "--record-in"):
+        monkeypatch.setattr(sys, "argv", ["right.py", "--cpu", flag, __file__])
+        with pytest.raises(UserError, match=f"^{flag} .*: cannot be made"):
+            right.main()
 
 
 def test_a_record(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common.errors import UserError
+
+
+def make_folders(**folders: Path) -> None:
+    """Make the folders of these flags; a UserError now, not after minutes."""
+    for name, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {folder}: cannot be made ({error.strerror})") from error
+
 
 def jpegs(
     out: Path, files: int, images: int, workers: int, deadline: float = math.inf

@@ -46,8 +46,10 @@ from common.run import Run
 from simclr.grad_cache import GradCache
 from simclr.loss import nt_xent
 from simclr.model import SimCLR, init_weights
+from tests.benchmarks.jpegs import make_folders
 
 Figures = dict[str, float]
+STOPPED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # statuses of a run that a signal ends
 MODULES = {"simclr": simclr.pretrain, "moco": moco.pretrain, "byol": byol.pretrain}
 NAMES = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 IMAGES = 5120  # for training, of the demo
@@ -522,7 +524,7 @@ def main() -> int:
         if not gpu:
             stack.enter_context(patch.object(torch.cuda, "is_available", lambda: False))
         out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        out.mkdir(parents=True, exist_ok=True)
+        make_folders(out=out, record_in=args.record_in or out)
         wrong = [name for name in names if not attempt(name, gpu, out, args.record_in)]
     if wrong:
         print(f"WRONG: {', '.join(wrong)}")
@@ -536,6 +538,8 @@ def attempt(name: str, gpu: bool, out: Path, record_in: Path | None) -> bool:
     try:
         figures = check(torch.device("cuda" if gpu else "cpu"), folder)
     except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code in STOPPED:
+            raise  # from outside: this says nothing about what is right
         (folder / "traceback.txt").write_text(traceback.format_exc())
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
         why = (str(error).strip() or "without a message").splitlines()[0]
@@ -555,11 +559,10 @@ def attempt(name: str, gpu: bool, out: Path, record_in: Path | None) -> bool:
             "device": here["device"],
             "commit": here["commit"],
         }
-        record_in.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=1) + "\n"
         atomic_write_bytes(record_in / f"right-{name}.json", text.encode())
     return True
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))
