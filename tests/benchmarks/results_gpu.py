@@ -15,6 +15,8 @@ RESULTS.md), and is passed over when they are there. Stopped anywhere, the same 
 that fails is named with its log, OUT/NAME.log, and the next one begins; exit status 1 then.
 """
 
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -24,7 +26,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +35,7 @@ from statistics import median
 
 import torch
 import tyro
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 import byol.config
 import moco.config
@@ -45,7 +48,7 @@ from common.launch import provenance
 from eval.results.compare import as_text, named, one_baseline, overview
 from eval.results.page import MEASUREMENT, number, public, read_folder
 from eval.results.record import Result
-from tests.benchmarks.jpegs import jpegs
+from tests.benchmarks.jpegs import jpegs, make_folders
 
 RECIPES = {
     "simclr": simclr.config.RECIPES,
@@ -109,6 +112,7 @@ def execute(command: list[str], log: Path, deadline: float, most: float = 86_400
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            close_fds=False,  # it holds what `alone` holds
         )
         try:
             status = child.wait(max(0.0, until - began))
@@ -132,7 +136,8 @@ def execute(command: list[str], log: Path, deadline: float, most: float = 86_400
 def record_of(path: Path) -> dict | None:
     """The measurement in a file, if there is one."""
     content = read_json(path) if path.exists() else None
-    return content if isinstance(content, dict) and content.keys() >= MEASUREMENT else None
+    whole = isinstance(content, dict) and content.keys() >= MEASUREMENT
+    return content if whole and isinstance(content["figures"], dict) else None
 
 
 # ---- is it right ---------------------------------------------------------------------------------
@@ -409,12 +414,16 @@ def missing(results: list[Result], row: Row, epochs: int, run: str = "") -> list
 def seconds_of(row: Row, epochs: int, settings: Settings) -> float:
     """What a row would take, by its method's speed; infinity where that is not measured."""
     symmetric = "-symmetric" if row.recipe.endswith("symmetric") else ""
-    record = record_of(Path(settings.keep) / f"speed-cifar10-{row.method}{symmetric}.json")
+    path = Path(settings.keep) / f"speed-cifar10-{row.method}{symmetric}.json"
+    record = record_of(path)
     if not record:
         return math.inf
     figures, cost = record["figures"], R50_COST if row.arch == "resnet50" else 1.0
-    pretraining = epochs * figures["seconds_per_epoch"] * cost * 1.08  # kNN and saving beside
-    return pretraining + figures["start_seconds"] + JUDGING[row.judging]
+    try:
+        pretraining = epochs * cost * 1.08 * figures["seconds_per_epoch"]  # kNN and saving beside
+        return pretraining + figures["start_seconds"] + JUDGING[row.judging]
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: has no speed; remove it, and it is measured again") from None
 
 
 def plan(row: Row, again: bool, settings: Settings, left: float) -> tuple[int, float]:
@@ -455,8 +464,11 @@ def is_finished(folder: Path) -> bool:
     """Whether a run's encoder is that of its last step."""
     if not (path := folder / "encoder.safetensors").exists():
         return False
-    with safe_open(path, "pt") as file:
-        return file.metadata().get("finished") == "true"
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("finished") == "true"
+    except SafetensorError:
+        return False  # whoever judges it says so
 
 
 # ---- the stages ----------------------------------------------------------------------------------
@@ -499,13 +511,17 @@ def work(stage: Stage, settings: Settings, deadline: float) -> str:
     if needed > left:
         return "no time"
     print(f"{stage.name} ...", flush=True)
-    began = time.monotonic()
+    began, log = time.monotonic(), Path(settings.out) / f"{stage.name}.log"
     try:
         stage.measure(deadline)
     except TimeoutError:
         return "no time, begun"
     except (Failed, UserError, OSError) as error:
-        return f"FAILED: {error}; see {Path(settings.out) / stage.name}.log"
+        return f"FAILED: {error}; see {log}"
+    except Exception as error:  # what nobody thought of does not stop the queue either
+        with open(log, "a") as file:
+            traceback.print_exc(file=file)
+        return f"FAILED: {type(error).__name__}: {error}; see {log}"
     return f"measured in {time.monotonic() - began:.0f} s"
 
 
@@ -523,8 +539,39 @@ def summary(outcomes: dict[str, str], settings: Settings) -> str:
     return "\n".join(lines)
 
 
+def check(settings: Settings) -> None:
+    """Raise a UserError for a setting with which no stage would come to its end."""
+    if not settings.minutes >= 0:
+        raise UserError(f"--minutes {settings.minutes}: give 0, for no limit, or more")
+    for flag, value in (("--images", settings.images), ("--workers", settings.workers)):
+        if value < 1:
+            raise UserError(f"{flag} {value}: give 1 or more")
+    try:
+        shlex.split(settings.flags)
+    except ValueError as error:
+        raise UserError(f"--flags {settings.flags}: {error}") from error
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder until this process and its commands have ended, in whatever way.
+
+    Raises:
+        UserError: another process holds it, whose runs this one would remove.
+    """
+    with open(folder / "lock", "a") as file:
+        os.set_inheritable(file.fileno(), True)  # a command may outlive a process that is killed
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = "another measurement, or a command that one has left, goes on there"
+            raise UserError(f"{folder}: {what}") from None
+        yield
+
+
 def main() -> None:
     settings = tyro.cli(Settings, prog="results_gpu.py", description=__doc__)
+    check(settings)
     began = time.monotonic()
     deadline = began + settings.minutes * 60 - GRACE if settings.minutes else math.inf
     every = stages(settings)
@@ -539,7 +586,16 @@ def main() -> None:
         return
     if not (settings.cpu or torch.cuda.is_available()):
         raise UserError("no GPU: this is measured on one; --cpu to go on without")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that commands are ended, too
+    make_folders(keep=Path(settings.keep), out=Path(settings.out))
+    with alone(Path(settings.out)):
+        measure(chosen, settings, deadline)
+
+
+def measure(chosen: list[Stage], settings: Settings, deadline: float) -> None:
+    """Measure stages one after the other, and show what became of them."""
+    for signum in (signal.SIGTERM, signal.SIGHUP):  # so that commands are ended, too
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
     outcomes = dict.fromkeys((stage.name for stage in chosen), "not reached")
     try:
         for stage in chosen:

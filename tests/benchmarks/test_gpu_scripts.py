@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -156,13 +157,14 @@ def machine(tmp_path, monkeypatch, capsys):
             made.found = outcomes(made.shown)
         return [" ".join(command) for command in made.commands]
 
-    made.call, before = call, signal.getsignal(signal.SIGTERM)
+    made.call, before = call, {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr(results_gpu, "time", SimpleNamespace(monotonic=made.monotonic))
     monkeypatch.setattr(results_gpu, "execute", made.execute)
     monkeypatch.setattr(results_gpu, "checks", lambda: ["losses", "views"])
     monkeypatch.setattr(results_gpu, "jpegs", lambda *_: ("x/jpegs-2048", "generated JPEGs"))
     yield made
-    signal.signal(signal.SIGTERM, before)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def outcomes(shown):
@@ -293,7 +295,9 @@ def test_a_failure_does_not_stop_the_queue(machine):
     assert "right losses --out" in command
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_stopped_by_a_signal_the_same_command_goes_on(signum, status, machine, monkeypatch):
     names = [case.stage for case in results_gpu.CIFAR]
 
@@ -311,6 +315,65 @@ def test_stopped_by_a_signal_the_same_command_goes_on(signum, status, machine, m
     machine.call("--only", "speed-cifar10")
     assert [*machine.found] == names and machine.found[names[0]] == "was there"
     assert all(machine.found[name].startswith("measured") for name in names[1:])
+
+
+def test_a_hangup_is_ignored_under_nohup(machine):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    machine.call("--only", "speed-cifar10-byol")
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_fault_that_nobody_thought_of_does_not_stop_the_queue(machine, monkeypatch):
+    def odd(command, *others, **named):
+        if "byol" in command[0]:
+            raise RuntimeError("odd")
+        machine.execute(command, *others, **named)
+
+    monkeypatch.setattr(results_gpu, "execute", odd)
+    with pytest.raises(SystemExit):
+        machine.call("--only", "speed-cifar10")
+    log = Path(sys.argv[sys.argv.index("--out") + 1]) / "speed-cifar10-byol.log"
+    assert machine.found["speed-cifar10-byol"] == f"FAILED: RuntimeError: odd; see {log}"
+    assert machine.found["speed-cifar10-moco"].startswith("measured")
+    assert "Traceback" in log.read_text()
+
+
+def test_one_measurement_at_a_time(machine, tmp_path):
+    """Nor beside a command that one has left, which was killed."""
+    (tmp_path / "runs").mkdir()
+    with results_gpu.alone(tmp_path / "runs"):
+        child = subprocess.Popen(sleeping_words(), close_fds=False)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            machine.call("--only", "speed-cifar10-byol")
+        assert caught.value.code == 2 and not machine.commands
+    finally:
+        child.kill()
+        child.wait()
+    assert machine.call("--only", "speed-cifar10-byol")
+
+
+def sleeping_words():
+    return [sys.executable, *("-m", "timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)")]
+
+
+@pytest.mark.parametrize("figures", [[], {}, {"seconds_per_epoch": "x", "start_seconds": 1}])
+def test_a_record_without_a_speed(figures, machine, capsys):
+    known = {"kind": "measurement", "title": "x", "command": "x", "device": "x", "commit": "x"}
+    path = machine.keep / "speed-cifar10-byol.json"
+    path.write_text(json.dumps(known | {"figures": figures}))
+    if figures == []:  # no measurement
+        machine.call("--list", "--only", "byol")
+        assert "speed-cifar10-byol" in machine.shown and " not measured" in machine.shown
+        return
+    with pytest.raises(SystemExit) as caught:
+        machine.call("--list", "--only", "byol")
+    assert caught.value.code == 2
+
+
+def test_a_damaged_encoder_is_not_a_finished_run(tmp_path):
+    (tmp_path / "encoder.safetensors").write_bytes(b"x" * 99)
+    assert not results_gpu.is_finished(tmp_path)
 
 
 def test_measured_anew_on_demand(machine):
@@ -384,6 +447,13 @@ def test_a_command_is_ended_when_the_time_is_up(tmp_path, monkeypatch):
         (["--only", "none"], "--only none"),
         (["--again", "none"], "--again none"),
         (["--only", "byol"], "no GPU"),
+        (["--minutes", "-1"], "--minutes -1"),
+        (["--minutes", "nan"], "--minutes nan"),
+        (["--images", "0"], "--images 0"),
+        (["--workers", "0"], "--workers 0"),
+        (["--flags", "'x"], "--flags 'x"),
+        (["--cpu", "--keep", __file__], "--keep"),
+        (["--cpu", "--out", __file__], "--out"),
     ],
 )
 def test_mistakes_are_one_line(words, said, machine, monkeypatch, capsys):
