@@ -8,13 +8,15 @@
 # make bench    pairs/s beside lightly and plain torchvision, a step's overhead (a quarter of an hour)
 # make bench-job  files to encoder, and kNN against wall time, likewise (20 minutes on two cores)
 # make soak     twenty kills of each method, and 20,000 steps
-# make results-gpu  what RESULTS.md lacks, on a GPU, hours; MINUTES=10: as much as fits into them
+# make results-gpu  what RESULTS.md lacks, on a GPU, hours; MINUTES=10: as much as fits into them; DATA=FOLDER:
+#               CIFAR-10 that is there already, else it comes from the Hub
 # For exactly the versions that were tested together: make demo PIP_FLAGS='-c constraints.txt'
 
 PYTHON    ?= python3
 VENV      ?= .venv
 PIP_FLAGS ?=
 MINUTES   ?= 0
+DATA      ?= uoft-cs/cifar10
 BIN       := $(VENV)/bin
 READY     := $(VENV)/ready
 METHODS   := simclr moco byol
@@ -61,7 +63,7 @@ soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py steps --record results/soak-simclr.json
 
 results-gpu: $(READY)
-	$(BIN)/python -m tests.benchmarks.results_gpu --minutes $(MINUTES)
+	$(BIN)/python -m tests.benchmarks.results_gpu --minutes $(MINUTES) --data "$(DATA)"
 
 results: $(READY)
 	$(BIN)/python -m eval.compare --results results

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -462,6 +463,14 @@ def test_mistakes_are_one_line(words, said, machine, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.run(results_gpu.main)
     assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_make_passes_on_the_minutes_and_where_cifar_10_is():
+    words = ["make", "-n", "-o", ".venv/ready", "results-gpu", "MINUTES=7", "DATA=a folder"]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert shlex.split(said)[1:] == [
+        *("-m", "tests.benchmarks.results_gpu", "--minutes", "7", "--data", "a folder")
+    ]
 
 
 def test_generated_images_have_the_sizes_of_imagenet(tmp_path):
