@@ -70,7 +70,7 @@ class Settings:
     only: str = ""  # stages whose name holds this: right, speed-, row-moco, seed2
     again: str = ""  # measure these anew; without it, what is there is passed over
     list: bool = False  # show the stages and which are measured, and do nothing
-    cpu: bool = False  # go on without a GPU
+    cpu: bool = False  # go on without a GPU, for a trial; it needs a --keep
     data: str = "uoft-cs/cifar10"  # where CIFAR-10 is, as everywhere
     out: str = "runs/results-gpu"  # a folder for runs, generated images and logs
     keep: str = "results"  # the records that there are, and will be
@@ -546,6 +546,8 @@ def check(settings: Settings) -> None:
     for flag, value in (("--images", settings.images), ("--workers", settings.workers)):
         if value < 1:
             raise UserError(f"{flag} {value}: give 1 or more")
+    if settings.cpu and Path(settings.keep).resolve() == Path("results").resolve():
+        raise UserError("--cpu: give another --keep; a record in results/ stands for one of a GPU")
     try:
         shlex.split(settings.flags)
     except ValueError as error:
@@ -585,7 +587,7 @@ def main() -> None:
             print(f"{stage.name:<56} {'not ' * bool(stage.needs(left))}measured")
         return
     if not (settings.cpu or torch.cuda.is_available()):
-        raise UserError("no GPU: this is measured on one; --cpu to go on without")
+        raise UserError("no GPU: this is measured on one; --cpu --keep FOLDER to go on without")
     make_folders(keep=Path(settings.keep), out=Path(settings.out))
     with alone(Path(settings.out)):
         measure(chosen, settings, deadline)

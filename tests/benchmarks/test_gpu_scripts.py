@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -454,7 +455,8 @@ def test_a_command_is_ended_when_the_time_is_up(tmp_path, monkeypatch):
         (["--workers", "0"], "--workers 0"),
         (["--flags", "'x"], "--flags 'x"),
         (["--cpu", "--keep", __file__], "--keep"),
-        (["--cpu", "--out", __file__], "--out"),
+        (["--cpu", "--keep", tempfile.gettempdir(), "--out", __file__], "--out"),
+        (["--cpu", "--only", "byol"], "--keep"),
     ],
 )
 def test_mistakes_are_one_line(words, said, machine, monkeypatch, capsys):
