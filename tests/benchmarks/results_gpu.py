@@ -11,8 +11,9 @@ table: each is pretrained and judged. With a limit of minutes a row has as many 
 measured speed allows; a later call with more time measures it with more.
 
 A stage leaves its records in `results/` as soon as it has them (`make results` then writes
-RESULTS.md), and is passed over when they are there. Stopped anywhere, the same command goes on. One
-that fails is named with its log, OUT/NAME.log, and the next one begins; exit status 1 then.
+RESULTS.md), and is passed over when they are there, and checks and speeds of this kind of GPU.
+Stopped anywhere, the same command goes on. One that fails is named with its log, OUT/NAME.log, and
+the next one begins; exit status 1 then.
 """
 
 import contextlib
@@ -68,7 +69,7 @@ class Settings:
 
     minutes: float = 0.0  # end within so many; 0: when all is done
     only: str = ""  # stages whose name holds this: right, speed-, row-moco, seed2
-    again: str = ""  # measure these anew; without it, what is there is passed over
+    again: str = ""  # measure these anew, at each call; else what is there is passed over
     list: bool = False  # show the stages and which are measured, and do nothing
     cpu: bool = False  # go on without a GPU, for a trial; it needs a --keep
     data: str = "uoft-cs/cifar10"  # where CIFAR-10 is, as everywhere
@@ -134,10 +135,13 @@ def execute(command: list[str], log: Path, deadline: float, most: float = 86_400
 
 
 def record_of(path: Path) -> dict | None:
-    """The measurement in a file, if there is one."""
+    """The measurement in a file, if there is one; where there is a GPU, of this one."""
     content = read_json(path) if path.exists() else None
     whole = isinstance(content, dict) and content.keys() >= MEASUREMENT
-    return content if whole and isinstance(content["figures"], dict) else None
+    if not whole or not isinstance(content["figures"], dict):
+        return None
+    elsewhere = torch.cuda.is_available() and content["device"] != torch.cuda.get_device_name()
+    return None if elsewhere else content
 
 
 # ---- is it right ---------------------------------------------------------------------------------
@@ -237,7 +241,7 @@ def pretraining(
 
 def measure_speed(case: Case, settings: Settings, deadline: float) -> None:
     """Run a case and keep its record."""
-    source, images = settings.data, "CIFAR-10"
+    source, images = settings.data, public(settings.data)
     if case.imagenet:
         source, images = jpegs(
             Path(settings.out), FILES, settings.images, settings.workers, deadline
@@ -251,7 +255,7 @@ def measure_speed(case: Case, settings: Settings, deadline: float) -> None:
     here = provenance(1)
     record = {
         "kind": "measurement",
-        "title": f"{case.title}; {images}",
+        "title": "; ".join(part for part in (case.title, images, settings.flags) if part),
         "command": public(shlex.join(["python", "-m", *command])),
         "figures": {name: round(value, 4) for name, value in figures.items()},
         "device": here["device"],
@@ -284,7 +288,7 @@ def figures_of_speed(case: Case, out: Path, spent: float, settings: Settings) ->
     if not case.imagenet:
         figures["seconds_per_epoch"] = run["images"] / rate
     whole = record_of(Path(settings.keep) / f"{WHOLE.stage}.json")
-    if case.stage == CACHED.stage and whole and whole["device"] == provenance(1)["device"]:
+    if case.stage == CACHED.stage and whole:
         more = 100 * (whole["figures"]["pairs_per_second"] / rate - 1)
         figures["more_time_a_pair_percent"] = more
     if case.recipe == "imagenet":

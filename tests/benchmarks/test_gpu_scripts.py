@@ -197,6 +197,15 @@ def test_all_stages_in_order_and_each_once(machine):
     assert "SimCLR cifar10, 200 epochs" in shown and "5.0 ± 1.0" in shown
 
 
+def test_what_another_gpu_has_measured_is_measured_here(machine, monkeypatch):
+    machine.call("--only", "right")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    assert machine.call("--only", "right") == []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
+    assert len(machine.call("--only", "right")) == 1
+
+
 def test_the_list_shows_and_does_nothing(machine):
     machine.call("--only", "right")
     assert machine.call("--list") == []
@@ -544,7 +553,7 @@ def small(tmp_path, monkeypatch):
 def test_one_stage_for_real(small, tmp_path, capsys):
     records = small("--only", "speed-cifar10-simclr", "--minutes", "3")
     [(name, record)] = records.items()
-    assert name == "speed-cifar10-simclr" and "CIFAR-10" in record["title"]
+    assert name == "speed-cifar10-simclr" and "; images; --image-size 32" in record["title"]
     assert str(tmp_path) not in record["command"] and ".pretrain cifar10" in record["command"]
     figures = record["figures"]
     assert 0 <= figures["data_wait"] <= 1 and 1 < figures["start_seconds"] < 60
