@@ -83,6 +83,7 @@ def test_views_that_are_a_little_off(tmp_path, monkeypatch):
     assert "simclr demo, view 1, float32, 32 px: apart by" in miss("views", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_queue_that_takes_the_keys_of_a_skipped_step(tmp_path, monkeypatch):
     encode, keep = MoCo.encode_keys, MoCo.dequeue_and_enqueue
 
@@ -104,6 +105,7 @@ def test_a_loss_that_bfloat16_changes(tmp_path, monkeypatch):
     assert said.startswith("SimCLR: first losses ") and "more than 3.00%" in said
 
 
+@pytest.mark.slow
 def test_a_restart_that_forgets_the_optimiser(tmp_path, monkeypatch):
     opened = Run.open
 
@@ -125,6 +127,7 @@ def test_chunks_that_keep_everything_or_lose_something(tmp_path, monkeypatch):
     assert "gradients apart by" in miss("grad-cache", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_kept(tmp_path, monkeypatch):
     kept, end = [], Run.end_step
 
