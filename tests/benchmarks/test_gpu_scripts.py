@@ -540,6 +540,7 @@ def small(tmp_path, monkeypatch):
     later = [smallest(row) for row in LATER[:1]] + [smallest(FIRST[1], judging="protocols")]
     monkeypatch.setattr(results_gpu, "LATER", later)
     monkeypatch.setattr(results_gpu, "FILES", 64)
+    monkeypatch.setattr(results_gpu, "checks", lambda: ["views", "grad-cache"])  # the quick ones
     monkeypatch.setenv("PYTHONPATH", f"{Path.cwd()}:{tmp_path}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data, keep = pictures(tmp_path / "images"), tmp_path / "results"
