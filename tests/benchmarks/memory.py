@@ -176,10 +176,8 @@ def making(batch: int) -> list[Row]:
     size = IMAGENET_100.image_size
     made = 2 * batch * 3 * size**2 * 4
     longest, largest = (max(map(of, SIZES)) for of in (max, math.prod))
-    taps = (
-        2 * math.ceil(2 * longest / size) + 1
-    )  # of a bicubic crop, of which 40 bytes are 6 floats
-    weights = batch * size * taps * 40  # and 2 indices, while they are computed
+    taps = 2 * math.ceil(2 * longest / size) + 1  # of a bicubic crop
+    weights = batch * size * taps * 40  # each 6 floats and 2 indices while it is computed
     one = 6 * 3 * largest * 4  # an image on its way through the steps, in so many float copies
     return [
         Row(f"views of {batch} photographs, 224 px", "2 B x 3 S^2 x 4", made, kept),

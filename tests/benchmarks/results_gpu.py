@@ -50,6 +50,7 @@ from eval.results.compare import as_text, named, one_baseline, overview
 from eval.results.page import MEASUREMENT, number, public, read_folder
 from eval.results.record import Result
 from tests.benchmarks.jpegs import jpegs, make_folders
+from tests.benchmarks.right import CHECKS
 
 RECIPES = {
     "simclr": simclr.config.RECIPES,
@@ -147,15 +148,9 @@ def record_of(path: Path) -> dict | None:
 # ---- is it right ---------------------------------------------------------------------------------
 
 
-def checks() -> list[str]:
-    """The names of the checks of `right.py`."""
-    __import__(RIGHT)
-    return list(sys.modules[RIGHT].CHECKS)
-
-
 def unchecked(again: bool, settings: Settings) -> dict[str, Path]:
     """The checks without a record, or all of them, and where their records will be."""
-    paths = {check: Path(settings.keep) / f"right-{check}.json" for check in checks()}
+    paths = {check: Path(settings.keep) / f"right-{check}.json" for check in CHECKS}
     return {check: path for check, path in paths.items() if again or not record_of(path)}
 
 
@@ -532,7 +527,7 @@ def work(stage: Stage, settings: Settings, deadline: float) -> str:
 def summary(outcomes: dict[str, str], settings: Settings) -> str:
     """What became of each stage, and the figures that there are."""
     lines = ["", *(f"{name:<56} {outcome}" for name, outcome in outcomes.items()), ""]
-    names = [f"right-{check}" for check in checks() if "right" in outcomes]
+    names = [f"right-{check}" for check in CHECKS if "right" in outcomes]
     for name in [*names, *outcomes]:
         if record := record_of(Path(settings.keep) / f"{name}.json"):
             figures = (f"{k.replace('_', ' ')} {number(v)}" for k, v in record["figures"].items())

@@ -164,7 +164,7 @@ def machine(tmp_path, monkeypatch, capsys):
     made.call, before = call, {s: signal.getsignal(s) for s in SIGNALS}
     monkeypatch.setattr(results_gpu, "time", SimpleNamespace(monotonic=made.monotonic))
     monkeypatch.setattr(results_gpu, "execute", made.execute)
-    monkeypatch.setattr(results_gpu, "checks", lambda: ["losses", "views"])
+    monkeypatch.setattr(results_gpu, "CHECKS", ["losses", "views"])
     monkeypatch.setattr(results_gpu, "jpegs", lambda *_: ("x/jpegs-2048", "generated JPEGs"))
     yield made
     for signum, handler in before.items():
@@ -540,7 +540,7 @@ def small(tmp_path, monkeypatch):
     later = [smallest(row) for row in LATER[:1]] + [smallest(FIRST[1], judging="protocols")]
     monkeypatch.setattr(results_gpu, "LATER", later)
     monkeypatch.setattr(results_gpu, "FILES", 64)
-    monkeypatch.setattr(results_gpu, "checks", lambda: ["views", "grad-cache"])  # the quick ones
+    monkeypatch.setattr(results_gpu, "CHECKS", ["views", "grad-cache"])  # the quick ones
     monkeypatch.setenv("PYTHONPATH", f"{Path.cwd()}:{tmp_path}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data, keep = pictures(tmp_path / "images"), tmp_path / "results"
@@ -578,7 +578,7 @@ def test_every_stage_for_real_on_a_small_scale(small, tmp_path, capsys):
     assert all(outcome.startswith("measured") for outcome in stages.values())
     for name in stages:
         assert name in records or name == "right" or name.startswith("row-")
-    assert {f"right-{check}" for check in results_gpu.checks()} <= records.keys()
+    assert {f"right-{check}" for check in results_gpu.CHECKS} <= records.keys()
     for method in ("simclr", "moco", "byol"):
         record = records[f"speed-imagenet-{method}"]
         figures = record["figures"]
