@@ -112,9 +112,10 @@ def record_cuda_graphs(
     """Record the forward and the backward pass of a network, each to be started by one call.
 
     A step of ResNet-18 at 32 px starts 583 kernels with SimCLR and more with the others, and most
-    of them are over before the next is called. In training mode the network then runs its
-    recording, which knows nothing of later hooks, of a second call before the backward pass, or of
-    gradients that are accumulated. Its next call overwrites what it has returned.
+    of them are over before the next is called (tests/benchmarks/NOTES.md, "On a GPU"). In training
+    mode the network then runs its recording, which knows nothing of later hooks, of a second call
+    before the backward pass, or of gradients that are accumulated. Its next call overwrites what it
+    has returned.
 
     Args:
         network: of whose parameters and buffers the places stay; as `accelerator.prepare` gets it.
