@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from eval.results.page import keep_measurement  # noqa: E402
 from tests.helpers import METHODS, assert_same_run, checkpoints, ended, forked, rows  # noqa: E402
 
 BATCH, IMAGES = 16, 5120
@@ -166,22 +167,6 @@ def resident(pid: int) -> list[float]:
     return [pages * resource.getpagesize() / 2**20] if pages else []
 
 
-def record(path: Path, method: str, figures: dict[str, float]) -> None:
-    from common.files import atomic_write_bytes
-    from common.launch import provenance
-
-    about = provenance(1)
-    content = {
-        "kind": "measurement",
-        "title": f"{figures['steps']:,} small steps of {method}",
-        "command": f"python tests/soak.py steps --method {method} --count {figures['steps']}",
-        "figures": figures,
-        "device": about["device"],
-        "commit": about["commit"],
-    }
-    atomic_write_bytes(path, json.dumps(content, indent=2).encode() + b"\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="\n".join((__doc__ or "").splitlines()[:1]))
     parser.add_argument("what", choices=["kills", "steps"])
@@ -197,7 +182,9 @@ def main() -> None:
             return
         figures = steps(args.method, args.count, Path(name))
     if args.record:
-        record(args.record, args.method, figures)
+        title = f"{figures['steps']:,} small steps of {args.method}"
+        command = f"python tests/soak.py steps --method {args.method} --count {figures['steps']}"
+        keep_measurement(args.record, title, command, figures)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A folder of kept results, and RESULTS.md: one table a question, made from the records alone."""
 
+import json
 import re
 import textwrap
 from collections.abc import Sequence
@@ -8,7 +9,8 @@ from statistics import mean
 from typing import Any
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import atomic_write_bytes, read_json
+from common.launch import provenance
 from eval.results.compare import (
     NO_SETTING,
     Line,
@@ -136,6 +138,22 @@ def read_folder(folder: Path) -> list[tuple[Path, Result | dict[str, Any]]]:
             raise UserError(f"{path}: lacks {', '.join(sorted(missing))}")
         records.append((path, content))
     return records
+
+
+def keep_measurement(
+    path: Path, title: str, command: str, figures: dict[str, Any], **more: Any
+) -> None:
+    """Write what a benchmark measured here as a record, of which RESULTS.md has the figures.
+
+    Args:
+        figures: name to number or text, or row to such.
+        more: what else is to be kept, or `device`, under another name than the machine's.
+    """
+    here = provenance(1)
+    record = {"kind": "measurement", "title": title, "command": command, "figures": figures}
+    record |= {key: here[key] for key in ("device", "commit")} | more
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 # ---- RESULTS.md ----------------------------------------------------------------------------------

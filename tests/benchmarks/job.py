@@ -37,11 +37,10 @@ from torch import nn
 from common import cli, encoders
 from common.data import ImageSplit, open_images
 from common.errors import UserError
-from common.files import atomic_write_bytes
-from common.launch import provenance
 from eval.encoder import Preprocess, load_encoder
 from eval.features import extract
 from eval.knn import accuracy, predict
+from eval.results.page import keep_measurement
 
 SIDES = ("ours", "lightly", "plain")
 NEIGHBOURS, TEMPERATURE = 20, 0.1
@@ -241,18 +240,10 @@ def picture(outcomes: Sequence[Outcome], path: Path, title: str) -> None:
 
 def keep(folder: Path, figures: dict, outcomes: Sequence[Outcome], title: str) -> None:
     """The table as a record, with every round: results/job-DEVICE.json."""
-    record = {
-        "kind": "measurement",
-        "title": title,
-        "command": "python tests/benchmarks/job.py",
-        "figures": figures,
-        "rounds": [asdict(each) for each in outcomes],
-        "device": throughput.device(),
-        "commit": provenance(1)["commit"],
-    }
-    path = folder / f"job-{record['device'].replace(' ', '-').lower()}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
+    device, rounds = throughput.device(), [asdict(each) for each in outcomes]
+    path = folder / f"job-{device.replace(' ', '-').lower()}.json"
+    command = "python tests/benchmarks/job.py"
+    keep_measurement(path, title, command, figures, rounds=rounds, device=device)
     print(f"wrote {path}")
 
 

@@ -8,7 +8,6 @@ many workers as there are cores. The extrapolation is for machines where a GPU d
 workers do: decode, crop, flip, and hand over 8 bits a value.
 """
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ import tyro
 from torch import nn
 
 from common.data import ImageSplit, open_images
-from common.launch import launch, provenance
+from common.launch import launch
 from eval.encoder import Preprocess
 from eval.linear import SIMCLR, Probe, optimizer_of
+from eval.results.page import keep_measurement
 from eval.training import Crops, Order, train
 from eval.unfinished import Unfinished
 
@@ -105,24 +105,21 @@ def main(s: Settings) -> None:
     hand = count / fastest(handing_over, s.repeats)
     cores = os.cpu_count() or 1
     hours = {n: EPOCHS * IMAGENET / (hand / cores * n) / 3600 for n in (16, 96)}
-    record = {
-        "kind": "measurement",
-        "title": f"input of linear evaluation, {s.size} px, {s.workers} workers",
-        "figures": {
-            "decoding alone, images/s": round(decode),
-            "decoded, cropped and handed over, images/s": round(hand),
-            "share of decoding": f"{hand / decode:.0%}",
-            "whole loop on these cores, images/s": round(judge),
-            "share of decoding by the whole loop": f"{judge / decode:.0%}",
-            "ImageNet, 90 epochs, 16 cores decode (extrapolated), hours": round(hours[16], 1),
-            "ImageNet, 90 epochs, 96 cores decode (extrapolated), hours": round(hours[96], 1),
-        },
-        "command": f"python tests/benchmarks/judging.py --data {Path(s.data).name}",
-        **{key: provenance(1)[key] for key in ("device", "commit")},
+    figures = {
+        "decoding alone, images/s": round(decode),
+        "decoded, cropped and handed over, images/s": round(hand),
+        "share of decoding": f"{hand / decode:.0%}",
+        "whole loop on these cores, images/s": round(judge),
+        "share of decoding by the whole loop": f"{judge / decode:.0%}",
+        "ImageNet, 90 epochs, 16 cores decode (extrapolated), hours": round(hours[16], 1),
+        "ImageNet, 90 epochs, 96 cores decode (extrapolated), hours": round(hours[96], 1),
     }
-    print(json.dumps(record, indent=1))
+    for name, figure in figures.items():
+        print(f"{name:<60}{figure:>8}")
     if s.record:
-        Path(s.record).write_text(json.dumps(record, indent=1) + "\n")
+        title = f"input of linear evaluation, {s.size} px, {s.workers} workers"
+        command = f"python tests/benchmarks/judging.py --data {Path(s.data).name}"
+        keep_measurement(Path(s.record), title, command, figures)
 
 
 if __name__ == "__main__":

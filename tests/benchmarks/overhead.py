@@ -33,10 +33,10 @@ from torch.nn.modules.module import (
 
 from common import cli
 from common.errors import UserError
-from common.files import atomic_write_bytes
-from common.launch import StopSignal, provenance
+from common.launch import StopSignal
 from common.run import Run
 from common.views import ViewPairs
+from eval.results.page import keep_measurement
 
 METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL"}
 WARM, STEPS = 2, 6  # the first step is counted and pictured, the last one saved
@@ -147,18 +147,9 @@ def main() -> None:
     print(f"{'stop':<8}{agreement:.3f} ms a step for two processes to agree on whether to stop")
     figures["two processes"] = {"agree whether to stop (ms)": round(agreement, 4)}
     if options.keep:
-        here = provenance(1)
-        record = {
-            "kind": "measurement",
-            "title": "share of a step that is overhead: R18, CIFAR stem, 32 px, batch 256",
-            "command": "python tests/benchmarks/overhead.py",
-            "figures": figures,
-            "device": here["device"],
-            "commit": here["commit"],
-        }
         path = options.keep / "overhead-cpu.json"
-        options.keep.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
+        title = "share of a step that is overhead: R18, CIFAR stem, 32 px, batch 256"
+        keep_measurement(path, title, "python tests/benchmarks/overhead.py", figures)
         print(f"wrote {path}")
 
 

@@ -18,7 +18,6 @@ the next one begins; exit status 1 then.
 
 import contextlib
 import fcntl
-import json
 import math
 import os
 import shlex
@@ -44,10 +43,16 @@ import simclr.config
 from common import cli
 from common.encoders import full_name
 from common.errors import UserError
-from common.files import atomic_write_bytes, read_json, read_rows
-from common.launch import provenance
+from common.files import read_json, read_rows
 from eval.results.compare import as_text, named, one_baseline, overview
-from eval.results.page import MEASUREMENT, number, public, read_folder
+from eval.results.page import (
+    MEASUREMENT,
+    RIGHT,
+    keep_measurement,
+    number,
+    public,
+    read_folder,
+)
 from eval.results.record import Result
 from tests.benchmarks.jpegs import jpegs, make_folders
 from tests.benchmarks.right import CHECKS
@@ -57,7 +62,6 @@ RECIPES = {
     "moco": moco.config.RECIPES,
     "byol": byol.config.RECIPES,
 }
-RIGHT = "tests.benchmarks.right"
 IMAGENET = 1_281_167  # training images
 GPUS = 8  # that the papers' schedules are extrapolated to
 FILES = 4096  # generated JPEGs, as many as the largest batch; `images` of them differ
@@ -247,18 +251,12 @@ def measure_speed(case: Case, settings: Settings, deadline: float) -> None:
     began = time.monotonic()
     execute(command, Path(settings.out) / f"{case.stage}.log", deadline, most=300)
     figures = figures_of_speed(case, out, time.monotonic() - began, settings)
-    here = provenance(1)
-    record = {
-        "kind": "measurement",
-        "title": "; ".join(part for part in (case.title, images, settings.flags) if part),
-        "command": public(shlex.join(["python", "-m", *command])),
-        "figures": {name: round(value, 4) for name, value in figures.items()},
-        "device": here["device"],
-        "commit": here["commit"],
-    }
-    target = Path(settings.keep) / f"{case.stage}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_bytes(target, (json.dumps(record, indent=1) + "\n").encode())
+    keep_measurement(
+        Path(settings.keep) / f"{case.stage}.json",
+        title="; ".join(part for part in (case.title, images, settings.flags) if part),
+        command=public(shlex.join(["python", "-m", *command])),
+        figures={name: round(value, 4) for name, value in figures.items()},
+    )
 
 
 def figures_of_speed(case: Case, out: Path, spent: float, settings: Settings) -> dict:

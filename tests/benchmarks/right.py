@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import json
 import math
 import os
 import signal
@@ -40,9 +39,9 @@ import simclr.pretrain
 from common import cli, demo, encoders
 from common.augment import Batched
 from common.checkpoints import tensors_in
-from common.files import atomic_write_bytes
-from common.launch import provenance
+from common.files import read_rows
 from common.run import Run
+from eval.results.page import RIGHT, keep_measurement
 from simclr.grad_cache import GradCache
 from simclr.loss import nt_xent
 from simclr.model import SimCLR, init_weights
@@ -117,7 +116,7 @@ def pretrain(
 
 def metrics(run: Path) -> dict[tuple[int, str], float]:
     """The values in metrics.jsonl by step and name."""
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    rows = read_rows(run / "metrics.jsonl")
     return {(row["step"], key): value for row in rows for key, value in row.items()}
 
 
@@ -544,17 +543,12 @@ def attempt(name: str, gpu: bool, out: Path, record_in: Path | None) -> bool:
     shown = "; ".join(f"{key} {value:.3g}" for key, value in figures.items())
     print(f"{name}: right: {shown}", flush=True)
     if record_in:
-        here, about = provenance(1), (check.__doc__ or name).splitlines()[0].rstrip(".")
-        content = {
-            "kind": "measurement",
-            "title": about,
-            "command": f"python -m tests.benchmarks.right {name}" + ("" if gpu else " --cpu"),
-            "figures": {key: float(f"{value:.6g}") for key, value in figures.items()},
-            "device": here["device"],
-            "commit": here["commit"],
-        }
-        text = json.dumps(content, indent=1) + "\n"
-        atomic_write_bytes(record_in / f"right-{name}.json", text.encode())
+        keep_measurement(
+            record_in / f"right-{name}.json",
+            title=(check.__doc__ or name).splitlines()[0].rstrip("."),
+            command=f"python -m {RIGHT} {name}" + ("" if gpu else " --cpu"),
+            figures={key: float(f"{value:.6g}") for key, value in figures.items()},
+        )
     return True
 
 

@@ -31,6 +31,7 @@ import torchvision
 from common import cli
 from common.data import open_images
 from common.errors import UserError
+from eval.results.page import keep_measurement
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
@@ -183,22 +184,17 @@ def compare(running: dict[str, Side]) -> dict[str, dict[str, float]]:
 
 def keep(folder: Path, figures: dict, about: dict) -> None:
     """The table as a record: results/bench-DEVICE.json."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    record = {
-        "kind": "measurement",
-        "title": f"throughput beside lightly {about['versions']['lightly']} and torchvision",
-        "command": "python tests/benchmarks/throughput.py",
-        "figures": {
+    path = folder / f"bench-{about['device'].replace(' ', '-').lower()}.json"
+    keep_measurement(
+        path,
+        title=f"throughput beside lightly {about['versions']['lightly']} and torchvision",
+        command="python tests/benchmarks/throughput.py",
+        figures={
             f"{row} ({sides.ROWS[row][1]}/s)": {n: round(rate, 2) for n, rate in rates.items()}
             for row, rates in figures.items()
         },
-        "device": about["device"],
-        "commit": commit,
-    }
-    path = folder / f"bench-{about['device'].replace(' ', '-').lower()}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+        device=about["device"],
+    )
     print(f"wrote {path}")
 
 
